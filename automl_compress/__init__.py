@@ -1,0 +1,64 @@
+"""Compress a trained PyTorch network until it meets a latency, size or memory budget that is measured on the device.
+
+    from automl_compress import Task, compress
+    result = compress(task, latency="40%", size="300KB")
+
+The public names are resolved on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from automl_compress.api import compress, replay, work
+    from automl_compress.core.budget import Budget, Cost
+    from automl_compress.core.plan import Plan
+    from automl_compress.core.result import Figures, Result
+    from automl_compress.errors import CompressError, InfeasibleError, InputError
+    from automl_compress.hardware.profile import DeviceProfile, load_profile
+    from automl_compress.model.task import Task
+    from automl_compress.progress import Progress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "CompressError",
+    "Cost",
+    "DeviceProfile",
+    "Figures",
+    "InfeasibleError",
+    "InputError",
+    "Plan",
+    "Progress",
+    "Result",
+    "Task",
+    "compress",
+    "load_profile",
+    "replay",
+    "work",
+]
+
+_HOME = {
+    "api": ("compress", "replay", "work"),
+    "core.budget": ("Budget", "Cost"),
+    "core.plan": ("Plan",),
+    "core.result": ("Figures", "Result"),
+    "errors": ("CompressError", "InfeasibleError", "InputError"),
+    "hardware.profile": ("DeviceProfile", "load_profile"),
+    "model.task": ("Task",),
+    "progress": ("Progress",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

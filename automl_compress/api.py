@@ -1,0 +1,338 @@
+"""The whole flow on one screen: a task and a budget in, a verified ONNX model out."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from automl_compress.core.budget import Limit, parse_budget
+from automl_compress.core.result import Result
+from automl_compress.deploy.report import write_report
+from automl_compress.deploy.run_folder import RunFolder
+from automl_compress.errors import CompressError, InfeasibleError, InputError, Interrupted, PlanError
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.profile import load_profile
+from automl_compress.model.task import Task, load_task, prepare
+from automl_compress.model.trace import trace
+from automl_compress.progress import Progress, SilentProgress
+from automl_compress.search.campaign import Campaign
+from automl_compress.search.deliver import Verified, final_metric, verify
+from automl_compress.search.evaluate import Workbench
+from automl_compress.search.ladder import Candidate, Recovery, read_plan, rebuild
+from automl_compress.search.sampler import SAMPLERS
+from automl_compress.search.space import load_space, resolve
+from automl_compress.search.study import trial_counts
+from automl_compress.techniques.distill import Schedule
+
+DEFAULT_TRIALS = 100
+DEFAULT_EPOCHS = 3.0
+_DELIVERIES = 4
+_EXPLORE_SHARE = 0.4
+
+
+def compress(
+    task: Task | str,
+    *,
+    latency: str | None = None,
+    size: str | None = None,
+    memory: str | None = None,
+    profile: str = "local",
+    space: str = "cnn",
+    trials: int | None = None,
+    epochs: float | None = None,
+    timeout: float | None = None,
+    seed: int = 0,
+    sampler: str = "budget",
+    weights: str | Path | None = None,
+    storage: str | None = None,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Find, train, measure and deliver the best model of `task` within the budgets.
+
+    task      a `Task`, or 'path/task.py[:function]' or 'package.module[:function]'
+    latency   '0.8ms', '350us', or '40%' of the original's, measured beside it; `size` and `memory`: '300KB', '2MB', '60%'
+    profile   device profile by name or file; `space`: search space by name or file
+    trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
+    timeout   seconds after which no further trial is begun; part of it is kept for distillation
+    storage   an Optuna storage to share the study in; `work` joins it
+    output    run folder (default runs/TASK-BUDGET); the same call with the same folder resumes
+
+    Returns a Result with status 'met' or 'infeasible'. Raises CompressError, with one line that says what to do.
+    """
+    limits = parse_budget(latency, size, memory)
+    progress = progress or SilentProgress()
+    folder = Path(output) if output else _default_folder(task, limits)
+    options = {
+        "task": task if isinstance(task, str) else type(task.model).__name__,
+        **{name: limit.text for name, limit in limits.items()},
+        "profile": profile,
+        "space": space,
+        "trials": trials or DEFAULT_TRIALS,
+        "epochs": DEFAULT_EPOCHS if epochs is None else epochs,
+        "timeout": timeout,
+        "seed": seed,
+        "sampler": sampler,
+        "weights": str(weights) if weights else None,
+        "storage": storage,
+    }
+    settings = _Settings(limits=limits, options=options, deadline=time.monotonic() + timeout if timeout else None)
+    with _campaign(task, settings, folder, progress) as campaign:
+        campaign.folder.write_yaml("config.yaml", {**options, "output": str(folder)})
+        known = campaign.folder.read_json("result.json")
+        if known is not None and known["status"] == "met":
+            progress.note(f"{folder} holds a finished run; delete it to start anew")
+            return Result.from_json(known, folder)
+        try:
+            result = _run(campaign, settings)
+        except InfeasibleError as error:
+            result = _infeasible(campaign, error)
+        except (KeyboardInterrupt, Interrupted):
+            _write(campaign, settings, _interrupted(campaign))
+            raise Interrupted(f"interrupted; the same command with -o {folder} goes on where it stopped") from None
+        return _write(campaign, settings, result)
+
+
+def work(
+    task: Task | str,
+    *,
+    storage: str,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, int]:
+    """Join the one-shot trials of a search that runs elsewhere with the same task, options and `storage`.
+
+    Returns how many trials ended in which state while this worker ran. Distillation and delivery are the search's.
+    """
+    limits = parse_budget(options.pop("latency", None), options.pop("size", None), options.pop("memory", None))
+    progress = progress or SilentProgress()
+    folder = Path(output) if output else _default_folder(task, limits).with_suffix(".worker")
+    settings = _Settings(limits=limits, options={"storage": storage, **options})
+    with _campaign(task, settings, folder, progress) as campaign:
+        campaign.learn()
+        before = trial_counts(campaign.study())
+        campaign.explore(int(options.get("trials") or DEFAULT_TRIALS), options.get("timeout"))
+        after = trial_counts(campaign.study())
+    return {state: count - before.get(state, 0) for state, count in after.items() if count > before.get(state, 0)}
+
+
+def replay(
+    run: str | Path,
+    task: Task | str,
+    *,
+    output: str | Path | None = None,
+    weights: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Build a delivered model again from the original, the run's `plan.json` and its weights; returns the ONNX file.
+
+    Ranges of quantized layers are calibrated again on the first training samples. Raises PlanError for another model's plan.
+    """
+    run = Path(run)
+    loaded = _load(task, weights)
+    graph = trace(loaded.model, loaded.example_inputs)
+    plan_file, weights_file = run / "plan.json", run / "best.safetensors"
+    for path in (plan_file, weights_file):
+        if not path.is_file():
+            raise PlanError(f"{path}: no such file; only a run that delivered a model can be replayed")
+    bench = Workbench(loaded, graph)
+    plan = read_plan(plan_file, bench)
+    target = Path(output) if output else run / "replayed.onnx"
+    onnx.save(bench.onnx(rebuild(bench, plan, weights_file), plan), target)
+    return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    limits: Mapping[str, Limit]
+    options: Mapping[str, Any]
+    deadline: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+
+    def left(self, share: float = 1.0) -> float | None:
+        """Seconds until this share of the time limit is used up, None without a limit."""
+        if self.deadline is None:
+            return None
+        return max(0.0, self.begun + (self.deadline - self.begun) * share - time.monotonic())
+
+
+@contextmanager
+def _campaign(task: Task | str, settings: _Settings, folder: Path, progress: Progress) -> Iterator[Campaign]:
+    """Everything that a search needs, checked in the order of what is cheapest to get wrong."""
+    options = settings.options
+    if options.get("sampler", "budget") not in SAMPLERS:
+        raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
+    rules = load_space(options.get("space") or "cnn")
+    device_profile = load_profile(options.get("profile") or "local")
+    for warning in device_profile.warnings:
+        progress.note(f"warning: {warning}")
+    progress.stage("loading the task")
+    loaded = _load(task, options.get("weights"))
+    progress.stage("tracing the model")
+    graph = trace(loaded.model, loaded.example_inputs)
+    space = resolve(rules, graph, {kind: device_profile.bit_widths(kind) for kind in ("conv", "linear")})
+    identity = {
+        "task": _digest(loaded),
+        "graph": graph.fingerprint,
+        "space": space.fingerprint,
+        "profile": device_profile.name,
+        "budget": ", ".join(f"{m} {limit.text}" for m, limit in settings.limits.items()),
+        "seed": str(options.get("seed") or 0),
+    }
+    with RunFolder(folder, identity) as run_folder, Device(device_profile) as device:
+        yield Campaign(
+            bench=Workbench(loaded, graph, importance=space.importance, seed=int(options.get("seed") or 0)),
+            space=space,
+            device=device,
+            limits=settings.limits,
+            folder=run_folder,
+            progress=progress,
+            identity=identity,
+            seed=int(options.get("seed") or 0),
+            sampler=options.get("sampler") or "budget",
+            storage=options.get("storage"),
+        )
+
+
+def _run(campaign: Campaign, settings: _Settings) -> Result:
+    """Search, recover, verify; a miss corrects the cost model and the search goes on."""
+    campaign.learn()
+    trials, schedule = int(settings.options["trials"]), Schedule(epochs=float(settings.options["epochs"]))
+    recovery = Recovery(campaign.bench, campaign.folder)
+    for attempt in range(_DELIVERIES):
+        finalists = campaign.finalists(trials + attempt, settings.left(_EXPLORE_SHARE))
+        candidates = campaign.climb(finalists, schedule, recovery)
+        baselines = campaign.baselines(schedule, recovery)
+        best = max([*candidates, *campaign.within_budget(baselines)], key=lambda candidate: candidate.metric)
+        verified = verify(campaign, best, baselines)
+        if verified.met:
+            return _delivered(campaign, settings, best, verified)
+        campaign.progress.note("the finished model missed the budget when measured; correcting the cost model")
+        campaign.tighten(campaign.predict(replace(best.plan, kept={})), verified.cost)
+    raise InfeasibleError(
+        f"{_DELIVERIES} finished models missed the budget when measured",
+        nearest=campaign.floors(),
+        binding=campaign.binding(),
+    )
+
+
+def _delivered(campaign: Campaign, settings: _Settings, best: Candidate, verified: Verified) -> Result:
+    folder = campaign.folder
+    folder.write_bytes("best.onnx", best.onnx.read_bytes())
+    folder.write_bytes("best.safetensors", best.weights.read_bytes())
+    folder.write_json("plan.json", best.plan.to_json(campaign.bench.graph))
+    delivered = replace(verified.delivered, test_metric=final_metric(campaign, best))
+    notes = list(verified.notes)
+    for name, figures in verified.baselines.items():
+        fits = verified.budget.met(
+            replace(
+                verified.cost,
+                latency_us=figures.latency_us,
+                size_bytes=figures.size_bytes,
+                memory_bytes=figures.memory_bytes,
+            )
+        )
+        if fits and figures.metric >= delivered.metric and figures.plan != delivered.plan:
+            notes.append(
+                f"baseline {name} is within the budget and not worse on validation: the search did not beat it"
+            )
+        if figures.plan == delivered.plan:
+            notes.append(f"the delivered model is the baseline {name}: the search found nothing better")
+    return _result(
+        campaign,
+        status="met",
+        original=verified.original,
+        delivered=delivered,
+        baselines=verified.baselines,
+        budget=verified.budget.limits,
+        layers=verified.layers,
+        notes=(*notes, *campaign.all_notes()),
+        seconds={"total": time.monotonic() - settings.begun, "distillation": best.seconds},
+    )
+
+
+def _infeasible(campaign: Campaign, error: InfeasibleError) -> Result:
+    return _result(
+        campaign,
+        status="infeasible",
+        original=campaign.original_figures(),
+        budget=campaign.budget.limits,
+        nearest=error.nearest,
+        binding=error.binding,
+        notes=(str(error), *campaign.all_notes()),
+    )
+
+
+def _interrupted(campaign: Campaign) -> Result:
+    known = hasattr(campaign, "budget")
+    return _result(
+        campaign,
+        status="interrupted",
+        original=campaign.original_figures() if known else None,
+        budget=campaign.budget.limits if known else {},
+    )
+
+
+def _result(campaign: Campaign, **fields: Any) -> Result:
+    header = campaign.device.profile.header
+    device = {
+        "profile": campaign.device.profile.name,
+        "file": str(campaign.device.profile.path),
+        "threads": campaign.device.profile.threads,
+        **header.model_dump(include={"match", "runtime", "protocol"}, mode="json"),
+    }
+    return Result(device=device, folder=campaign.folder.path, trials=campaign.trial_counts(), **fields)
+
+
+def _write(campaign: Campaign, settings: _Settings, result: Result) -> Result:
+    """result.json and report.html; the JSON last, since its presence says that a run is finished."""
+    command = " ".join(
+        ["automl-compress search", *_arguments(settings.options), "-o", shlex.quote(str(campaign.folder.path))]
+    )
+    try:
+        write_report(result, campaign.trial_rows(), campaign.folder.path, commands=[command])
+    except OSError as error:
+        raise CompressError(
+            f"{error.filename}: can't be written ({error.strerror}); free some space and run again"
+        ) from error
+    campaign.folder.write_json("result.json", result.to_json())
+    return result
+
+
+def _arguments(options: Mapping[str, Any]) -> Iterator[str]:
+    yield shlex.quote(str(options["task"]))
+    for name, value in options.items():
+        if name != "task" and value is not None:
+            yield f"--{name} {shlex.quote(str(value))}"
+
+
+def _load(task: Task | str, weights: str | Path | None) -> Task:
+    path = Path(weights) if weights else None
+    return load_task(task, weights=path) if isinstance(task, str) else prepare(task, weights=path)
+
+
+def _digest(task: Task) -> str:
+    """Identifies the trained model and its validation data: a run folder belongs to both."""
+    digest = hashlib.sha256()
+    for name, value in sorted(task.model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    inputs, targets = next(iter(task.batches("validation")))
+    for part in (*inputs, targets):
+        digest.update(part.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _default_folder(task: Task | str, limits: Mapping[str, Limit]) -> Path:
+    name = Path(task.partition(":")[0]).stem if isinstance(task, str) else type(task.model).__name__.lower()
+    return Path("runs") / "-".join(
+        [name, *(f"{m}{limit.text.replace('%', 'pct').replace(' ', '')}" for m, limit in limits.items())]
+    )

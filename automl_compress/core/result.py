@@ -1,0 +1,112 @@
+"""What a run delivers, as values: the figures of each model, and the whole account of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from automl_compress.core.plan import Plan
+
+Status = Literal["met", "infeasible", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """A measured latency. `values_us` are the raw means of bursts; the median is what counts."""
+
+    values_us: tuple[float, ...]
+    median_us: float
+    spread: float
+    runs: int
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the spread (interquartile range over median) is small enough to compare with."""
+        return self.spread < 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One model as measured: validation metric, latency of one sample, file size, peak memory of a fresh process.
+
+    `latency_ratio` is to the original, measured beside it in alternating bursts of the same run.
+    """
+
+    metric: float
+    latency_us: float
+    size_bytes: int
+    memory_bytes: int
+    latency_ratio: float = 1.0
+    latency_spread: float = 0.0
+    predicted_latency_us: float | None = None
+    test_metric: float | None = None
+    plan: Plan | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        data = {k: v for k, v in asdict(self).items() if k not in ("plan",) and v not in (None, "")}
+        if self.plan is not None:
+            data["plan"] = self.plan.to_json()
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Figures:
+        """Read what `to_json` wrote."""
+        plan = Plan.from_json(data["plan"]) if data.get("plan") else None
+        return cls(**{**{k: v for k, v in data.items() if k != "plan"}, "plan": plan})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The outcome of a run. `folder` holds everything named in the README's list of the run folder.
+
+    status     "met": `delivered` was measured and meets the budget; "infeasible": nothing reachable does; "interrupted"
+    budget     metric -> limit in microseconds or bytes
+    baselines  name -> figures of the models that the search has to beat
+    nearest    infeasible only: metric -> the lowest figure that is reachable
+    binding    infeasible only: the layers that take most of the cheapest plan's cost
+    trials     state -> how many trials ended so
+    """
+
+    status: Status
+    budget: Mapping[str, float]
+    original: Figures | None
+    delivered: Figures | None = None
+    baselines: Mapping[str, Figures] = field(default_factory=dict)
+    nearest: Mapping[str, float] = field(default_factory=dict)
+    binding: tuple[str, ...] = ()
+    trials: Mapping[str, int] = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[Mapping[str, Any], ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    folder: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": "automl-compress/result",
+            "version": 1,
+            "status": self.status,
+            "budget": dict(self.budget),
+            "original": self.original.to_json() if self.original else None,
+            "delivered": self.delivered.to_json() if self.delivered else None,
+            "baselines": {name: figures.to_json() for name, figures in self.baselines.items()},
+            "nearest": dict(self.nearest),
+            "binding": list(self.binding),
+            "trials": dict(self.trials),
+            "device": dict(self.device),
+            "layers": [dict(layer) for layer in self.layers],
+            "seconds": dict(self.seconds),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], folder: Path | None = None) -> Result:
+        """Read what `to_json` wrote; `folder` is where it was found."""
+        fields = {k: v for k, v in data.items() if k not in ("schema", "version")}
+        models = {name: Figures.from_json(value) for name, value in fields["baselines"].items()}
+        ends = {name: Figures.from_json(fields[name]) if fields[name] else None for name in ("original", "delivered")}
+        lists = {name: tuple(fields[name]) for name in ("binding", "layers", "notes")}
+        return cls(**{**fields, **ends, **lists, "baselines": models, "folder": folder})

@@ -1,0 +1,126 @@
+"""A finished run's `result.json` as a few lines of text, and the readings of it that the report shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from automl_compress.core.budget import format_metric
+from automl_compress.errors import RunFolderError
+
+FIELDS = {"latency": "latency_us", "size": "size_bytes", "memory": "memory_bytes"}
+SCHEMA = "automl-compress/result"
+VERSION = 1
+HEADLINES = {
+    "met": "met: the delivered model was measured and is within every budget",
+    "infeasible": "infeasible: no reachable model is within the budget",
+    "interrupted": "interrupted: the search did not finish; the same command with the same -o continues it",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One budget against what was measured, in microseconds or bytes. `measured` is None without a delivered model."""
+
+    metric: str
+    limit: float
+    measured: float | None
+    nearest: float | None
+
+    @property
+    def met(self) -> bool:
+        return self.measured is not None and self.measured <= self.limit
+
+
+def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
+    """Every budget of a `result.json` object with the delivered model's measured figure."""
+    delivered = result.get("delivered") or {}
+    return [
+        Verdict(
+            metric=metric,
+            limit=limit,
+            measured=delivered.get(FIELDS[metric]),
+            nearest=result.get("nearest", {}).get(metric),
+        )
+        for metric, limit in result["budget"].items()
+    ]
+
+
+def models(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The measured models of a `result.json` object by name: the original, the baselines, the delivered one."""
+    named = {"original": result.get("original"), **result.get("baselines", {}), "delivered": result.get("delivered")}
+    return ((name, figures) for name, figures in named.items() if figures)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The `result.json` object of a run folder (or of the file itself). Raises RunFolderError where there is none."""
+    path = run / "result.json" if run.is_dir() else run
+    if not run.exists():
+        raise RunFolderError(f"{run}: no such run folder")
+    if not path.exists():
+        raise RunFolderError(f"{run}: holds no result.json; the run has not finished, -o {run} resumes it")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}); start the run again with -o {path.parent}") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise RunFolderError(f"{path} is not the result of a run: its schema is not {SCHEMA!r}")
+    if result.get("version") != VERSION:
+        raise RunFolderError(f"{path} has version {result.get('version')!r}; this program reads version {VERSION}")
+    return result
+
+
+def summarize(result: Mapping[str, Any]) -> str:
+    """The outcome, each budget with its measured figure, and a table of the measured models."""
+    lines = [HEADLINES.get(result["status"], result["status"]), ""]
+    lines += [_verdict_line(verdict) for verdict in verdicts(result)]
+    if result.get("binding"):
+        lines.append(f"  most of the cheapest plan's cost: {', '.join(result['binding'])}")
+    rows = [_model_row(name, figures) for name, figures in models(result)]
+    if rows:
+        lines += ["", *_table([("model", "metric", "test", "latency", "ratio", "size", "memory"), *rows])]
+    if result.get("notes"):
+        lines += ["", *(f"note: {note}" for note in result["notes"])]
+    return "\n".join(lines)
+
+
+def nearest_text(nearest: Mapping[str, float], binding: Sequence[str]) -> str:
+    """'nearest reachable: latency 310 us, size 90 KB; most of it is taken by conv1, fc'; empty if nothing is known."""
+    reach = ", ".join(f"{metric} {format_metric(metric, value)}" for metric, value in nearest.items())
+    parts = [f"nearest reachable: {reach}"] if reach else []
+    parts += [f"most of it is taken by {', '.join(binding)}"] if binding else []
+    return "; ".join(parts)
+
+
+def _verdict_line(verdict: Verdict) -> str:
+    line = f"  {verdict.metric:8} at most {format_metric(verdict.metric, verdict.limit)}"
+    if verdict.measured is not None:
+        line += f", measured {format_metric(verdict.metric, verdict.measured)}: {'met' if verdict.met else 'missed'}"
+    if verdict.nearest is not None:
+        line += f", nearest reachable {format_metric(verdict.metric, verdict.nearest)}"
+    return line
+
+
+def _model_row(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    test = figures.get("test_metric")
+    return (
+        name,
+        f"{figures['metric']:.4f}",
+        "-" if test is None else f"{test:.4f}",
+        format_metric("latency", figures["latency_us"]),
+        f"{figures['latency_ratio']:.3f}",
+        format_metric("size", figures["size_bytes"]),
+        format_metric("memory", figures["memory_bytes"]),
+    )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as aligned text: the first column to the left, figures to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

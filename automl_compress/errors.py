@@ -1,0 +1,73 @@
+"""Everything that can go wrong in a way that a user can act on.
+
+Every error that reaches a user is a `CompressError`; its text is one line that names what was wrong, the value that was
+found, and the way out. The command line prints that line and ends with the error's `exit_code`. Anything else that is
+raised is a defect of this program.
+"""
+
+from __future__ import annotations
+
+
+class CompressError(Exception):
+    """Base of all errors that a user can act on. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class InputError(CompressError):
+    """Something that the user wrote or named is wrong: a path, an option, a budget, a file's content."""
+
+    exit_code = 2
+
+
+class TaskError(InputError):
+    """The task file, or what its function returned, can't be used."""
+
+
+class ProfileError(InputError):
+    """A device profile is missing, damaged, foreign, or doesn't describe this device."""
+
+
+class SpaceError(InputError):
+    """A search space file is wrong, or one of its rules matches nothing."""
+
+
+class PlanError(InputError):
+    """A plan doesn't fit the model that it is applied to."""
+
+
+class RunFolderError(InputError):
+    """The run folder belongs to another task, can't be written, or is damaged."""
+
+
+class DeviceError(CompressError):
+    """The device could not be measured: the measuring process failed or the device is unreachable."""
+
+
+class ExportError(CompressError):
+    """The model could not be turned into ONNX, or the runtime refuses the result."""
+
+
+class TrainingError(CompressError):
+    """Training diverged or the data loader failed."""
+
+
+class InfeasibleError(CompressError):
+    """No reachable model meets the budget.
+
+    `nearest` maps each budget's name to the lowest value that the space can reach; `binding` names the layers that
+    take most of what is left.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, nearest: dict[str, float] | None = None, binding: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.nearest = dict(nearest or {})
+        self.binding = binding
+
+
+class Interrupted(CompressError):
+    """The user stopped the run; everything up to here is in the run folder."""
+
+    exit_code = 130

@@ -1,0 +1,165 @@
+"""What the runtime really executes for a model: the profiler's events, completed from the graph that the runtime made.
+
+The events give time, operator and shapes of each executed node, but neither its weights nor what was fused into it;
+the optimized graph gives those, but no times. Both list the nodes in the order of execution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from automl_compress.hardware.timer import burst_means, median_spread
+
+_LAYOUT_DOMAIN = "com.microsoft.nchwc"
+_CONV_ATTRIBUTES = ("kernel_shape", "strides", "pads", "dilations", "group", "auto_pad")
+_WITHOUT_EFFECT = {"saturate", "auto_pad", "axis"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawKernel:
+    """One executed node. Types and shapes read 'float[1,16,32,32]'.
+
+    inputs    of the values it reads, weights not included where the optimized graph tells them apart
+    outputs   of the values it writes
+    mean_us   the median of `bursts_us`, the trimmed means of its bursts; `samples` runs went into them
+    layout    "nchwc" if it works in the runtime's blocked layout, else ""
+    detail    weights, attributes and fused operators as text; part of its key
+    reads, writes, constants    names of values and of initializers in the optimized graph; empty where it is unknown
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    mean_us: float
+    samples: int
+    bursts_us: tuple[float, ...] = ()
+    spread: float = 0.0
+    layout: str = ""
+    detail: str = ""
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+
+
+def read_trace(
+    answer: Mapping[str, Any], optimized: onnx.GraphProto, *, bursts: int, discard: float
+) -> list[RawKernel]:
+    """The executed nodes in order. `answer` is the measuring process's; `bursts` splits its runs."""
+    events = answer["kernels"]
+    constants = {item.name: _tensor_type(item) for item in optimized.initializer}
+    types = dict(answer["inputs"])
+    raw = []
+    for event, node in zip(events, _align(events, optimized.node), strict=True):
+        # The profiler cuts durations off to whole microseconds; on average half of one is lost.
+        means = burst_means([us + 0.5 for us in event["us"]], bursts, discard)
+        median, spread = median_spread(means)
+        facts = _facts(node, constants, types) if node is not None else {}
+        if node is not None:
+            types.update(zip([o for o in node.output if o], event["outputs"], strict=False))
+        raw.append(
+            RawKernel(
+                op=event["op"],
+                name=event["name"],
+                inputs=facts.pop("inputs", tuple(event["inputs"])),
+                outputs=tuple(event["outputs"]),
+                mean_us=median,
+                spread=spread,
+                bursts_us=means,
+                samples=len(event["us"]),
+                **facts,
+            )
+        )
+    return raw
+
+
+def _align(events: Sequence[Mapping[str, Any]], nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto | None]:
+    """The node of each event: by position where both lists agree, else by names that occur once."""
+    if [(e["op"], e["name"]) for e in events] == [(n.op_type, n.name) for n in nodes]:
+        return list(nodes)
+    names = Counter((n.op_type, n.name) for n in nodes)
+    unique = {(n.op_type, n.name): n for n in nodes if names[n.op_type, n.name] == 1}
+    return [unique.get((e["op"], e["name"])) for e in events]
+
+
+def _facts(node: onnx.NodeProto, constants: Mapping[str, str], types: Mapping[str, str]) -> dict[str, Any]:
+    reads = tuple(i for i in node.input if i and i not in constants)
+    return {
+        "inputs": tuple(types.get(i, "?") for i in reads),
+        "layout": "nchwc" if node.domain == _LAYOUT_DOMAIN else "",
+        "detail": _detail(node, [constants[i] for i in node.input if i in constants], len(reads)),
+        "reads": reads,
+        "writes": tuple(o for o in node.output if o),
+        "constants": tuple(i for i in node.input if i in constants),
+    }
+
+
+def _detail(node: onnx.NodeProto, constants: Sequence[str], reads: int) -> str:
+    """Weights, geometry, other attributes, what was fused in: 'w float[16,16,3,3]|k3x3 s1x1 p1 g1|relu'."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.type in _PLAIN}
+    parts = ["w " + ",".join(c for c in constants if c.count(",") >= 1)] if any("," in c for c in constants) else []
+    if "Conv" in node.op_type or "kernel_shape" in attributes:
+        weight = next((c for c in constants if "," in c), "")
+        attributes.setdefault("kernel_shape", _dimensions(weight)[2:])
+        parts.append(_geometry(attributes))
+    activation = _text(attributes.pop("activation", b""))
+    rest = {k: v for k, v in attributes.items() if k not in _CONV_ATTRIBUTES and k not in _WITHOUT_EFFECT}
+    if rest:
+        parts.append(" ".join(f"{k}={_text(v)}" for k, v in sorted(rest.items())))
+    if "Conv" in node.op_type and reads > 1:
+        parts.append("+add")
+    if activation:
+        parts.append(activation.lower())
+    return "|".join(parts)
+
+
+_PLAIN = {
+    onnx.AttributeProto.INT,
+    onnx.AttributeProto.INTS,
+    onnx.AttributeProto.FLOAT,
+    onnx.AttributeProto.FLOATS,
+    onnx.AttributeProto.STRING,
+}
+
+
+def _geometry(attributes: Mapping[str, Any]) -> str:
+    """'k3x3 s1x1 p1 g1', with 'd2x2' where the kernel is dilated and the padding in full where its sides differ."""
+    rank = len(attributes["kernel_shape"])
+    strides, dilations = attributes.get("strides") or [1] * rank, attributes.get("dilations") or [1] * rank
+    pads = attributes.get("pads") or [0] * 2 * rank
+    auto = _text(attributes.get("auto_pad", b"NOTSET"))
+    padding = "p" + (str(pads[0]) if len(set(pads)) == 1 else ",".join(map(str, pads)))
+    parts = [
+        "k" + "x".join(map(str, attributes["kernel_shape"])),
+        "s" + "x".join(map(str, strides)),
+        padding if auto == "NOTSET" else f"p{auto.lower()}",
+        f"g{attributes.get('group', 1)}",
+    ]
+    if any(d != 1 for d in dilations):
+        parts.append("d" + "x".join(map(str, dilations)))
+    return " ".join(parts)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int | str):
+        return str(value)
+    return ",".join(_text(v) for v in value)
+
+
+def _dimensions(kind: str) -> list[int]:
+    """'float[16,3,3,3]' -> [16, 3, 3, 3]."""
+    return [int(d) for d in kind.partition("[")[2].rstrip("]").split(",") if d]
+
+
+def _tensor_type(tensor: onnx.TensorProto) -> str:
+    name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+    return f"{name}[{','.join(map(str, tensor.dims))}]"

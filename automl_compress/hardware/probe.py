@@ -1,0 +1,300 @@
+"""The program that measures, alone in its own process: it needs only Python, numpy and onnxruntime.
+
+One JSON request a line on stdin, one JSON answer a line on stdout (`{"progress": ...}` lines may come before it, so
+that the other side can tell slow from dead). It ends when stdin closes, even in the middle of a measurement.
+
+    {"do": "facts"}
+    {"do": "compare", "models": {name: path}, "bursts": 15}          -> {"bursts_us": {name: [...]}, "runs": {name: n}}
+    {"do": "trace", "model": path, "runs": 40, "seconds": 3.0, "optimized": path}
+                                                                     -> {"kernels": [...], "inputs": {name: type}}
+    {"do": "memory", "model": path}                                  -> {"peak_bytes": n}, from a fresh process
+
+A burst is a number of consecutive runs of one model whose first part is discarded; models take turns burst by burst, so
+that a drift of the machine hits all of them alike and each runs with the caches of its own burst.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # The folder of this file would shadow modules of the standard library (profile) for everything imported below.
+    _here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != _here]
+
+import glob
+import json
+import queue
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+SMALLEST_BURST = 3
+SMALLEST_TRACE = 9
+OPTIMIZATION = {
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+_FLOATS = {"float": "float32", "float16": "float16", "double": "float64"}
+_OTHERS = {"bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"}
+
+Settings = dict[str, Any]
+Say = Callable[[dict[str, Any]], None]
+
+
+def burst_us(
+    run: Callable[[], Any], runs: int, discard: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Mean microseconds of one run over a burst whose first part (`discard` of `runs`) isn't counted."""
+    skipped = min(int(runs * discard), runs - 1)
+    for _ in range(skipped):
+        run()
+    start = clock()
+    for _ in range(runs - skipped):
+        run()
+    return (clock() - start) * 1e6 / (runs - skipped)
+
+
+def burst_length(one_run_s: float, settings: Settings) -> int:
+    """How many runs a burst has: the protocol's number, fewer for a model so slow that a burst would take too long."""
+    affordable = int(settings["burst_seconds"] / max(one_run_s, 1e-9))
+    return max(SMALLEST_BURST, min(int(settings["burst_runs"]), affordable))
+
+
+def open_session(path: str, settings: Settings, **options: Any) -> Any:
+    """An onnxruntime session with the profile's threads and optimizations."""
+    import onnxruntime as ort
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no such model: {path}")
+    so = ort.SessionOptions()
+    so.intra_op_num_threads = int(settings["threads"])
+    so.inter_op_num_threads = 1
+    so.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    so.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMIZATION[settings["optimization"]])
+    so.log_severity_level = 4
+    for name, value in options.items():
+        setattr(so, name, value)
+    return ort.InferenceSession(path, so, providers=[settings["provider"]])
+
+
+def random_inputs(session: Any) -> dict[str, Any]:
+    """One sample for every input: normal floats, zeros for other types; free dimensions are 1."""
+    import numpy as np
+
+    generator, inputs = np.random.default_rng(0), {}
+    for item in session.get_inputs():
+        shape = [d if isinstance(d, int) and d > 0 else 1 for d in item.shape]
+        kind = item.type[len("tensor(") : -1]
+        if kind in _FLOATS:
+            inputs[item.name] = generator.standard_normal(shape).astype(_FLOATS[kind])
+        elif kind in _OTHERS:
+            inputs[item.name] = np.zeros(shape, dtype=kind)
+        else:
+            raise TypeError(f"input {item.name!r} has type {item.type}, which can't be filled with data")
+    return inputs
+
+
+def compare(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
+    """Bursts of several models taking turns. The order rotates, so that no model always follows the same one."""
+    runners, lengths = {}, {}
+    for name, path in request["models"].items():
+        session = open_session(path, settings)
+        runners[name] = _runner(session)
+        runners[name]()
+        start = time.perf_counter()
+        runners[name]()
+        one_run = time.perf_counter() - start
+        lengths[name] = burst_length(one_run, settings)
+        burst_us(runners[name], min(int(settings["warm_up_runs"]), lengths[name]), 0.0)
+        say({"progress": f"loaded {name}"})
+    names = list(runners)
+    values: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(int(request["bursts"])):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            values[name].append(burst_us(runners[name], lengths[name], settings["discard"]))
+            say({"progress": f"burst {turn + 1} of {name}"})
+    return {"bursts_us": values, "runs": lengths}
+
+
+def trace(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
+    """Every executed node with its duration in each run, in whole microseconds as the runtime's profiler gives them.
+
+    The graph that the runtime made is written to `optimized`, since the profile doesn't say what was fused into a node.
+    A model so slow that `seconds` are over runs fewer times than `runs`.
+    """
+    with tempfile.TemporaryDirectory(prefix="automl-compress-") as folder:
+        session = open_session(
+            request["model"],
+            settings,
+            enable_profiling=True,
+            profile_file_prefix=os.path.join(folder, "events"),
+            optimized_model_filepath=request["optimized"],
+        )
+        run, inputs = _runner(session), random_inputs(session)
+        start = time.perf_counter()
+        for done in range(int(request["runs"])):
+            if done >= SMALLEST_TRACE and time.perf_counter() - start > request.get("seconds", float("inf")):
+                break
+            run()
+            if done % 10 == 0:
+                say({"progress": f"run {done + 1}"})
+        session.end_profiling()
+        with open(glob.glob(os.path.join(folder, "events*"))[0], encoding="utf-8") as file:
+            events = json.load(file)
+    names = {item.name: item.type[len("tensor(") : -1] for item in session.get_inputs()}
+    return {
+        "kernels": executed_nodes(events),
+        "inputs": {name: f"{names[name]}[{','.join(map(str, value.shape))}]" for name, value in inputs.items()},
+    }
+
+
+def executed_nodes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The profiler's events, gathered by node in the order of the first run."""
+    nodes: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for event in events:
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        args = event["args"]
+        name = event["name"][: -len("_kernel_time")]
+        node = nodes.setdefault(
+            (args["op_name"], name, args["node_index"]),
+            {
+                "op": args["op_name"],
+                "name": name,
+                "inputs": [_type_text(t) for t in args.get("input_type_shape", [])],
+                "outputs": [_type_text(t) for t in args.get("output_type_shape", [])],
+                "us": [],
+            },
+        )
+        node["us"].append(event["dur"])
+    return list(nodes.values())
+
+
+def memory(request: dict[str, Any], settings: Settings, _: Say) -> dict[str, Any]:
+    """Peak resident memory of a fresh process that loads the model and runs it."""
+    command = [sys.executable, os.path.abspath(__file__), "peak", json.dumps(settings), request["model"]]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"its process failed: {last_line(done.stderr) or f'exit code {done.returncode}'}")
+    return {"peak_bytes": json.loads(done.stdout.splitlines()[-1])["peak_bytes"]}
+
+
+def peak_of(settings: Settings, path: str) -> int:
+    run = _runner(open_session(path, settings))
+    for _ in range(3):
+        run()
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Peak resident set of this process."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            # Not getrusage: Linux hands its ru_maxrss down from the process that started this one.
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    if sys.platform == "win32":
+        return _windows_peak_bytes()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _windows_peak_bytes() -> int:
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    return int(psutil.Process().memory_info().peak_wset)
+
+
+def facts(_: dict[str, Any], settings: Settings, __: Say) -> dict[str, Any]:
+    import onnxruntime as ort
+
+    offered = ort.get_available_providers()
+    if settings["provider"] not in offered:
+        raise RuntimeError(f"onnxruntime here has no {settings['provider']}; it offers {', '.join(offered)}")
+    return {"onnxruntime": ort.__version__, "pinned": pinned_cores()}
+
+
+def pinned_cores() -> list[int]:
+    """The cores that this process may use; empty where the system can't say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def pin(threads: int) -> None:
+    """Keep to as many cores as there are threads: the fastest, and of those the last; the first serves interrupts."""
+    cores = sorted(pinned_cores(), key=lambda core: (core_khz(core), core))
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores[-threads:])
+
+
+def core_khz(core: int) -> int:
+    """The highest clock of a core, where the system tells; processors with cores of two kinds differ in it."""
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq", encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _runner(session: Any) -> Callable[[], Any]:
+    inputs = random_inputs(session)
+    return lambda: session.run(None, inputs)
+
+
+def _type_text(shape: dict[str, list[int]]) -> str:
+    return ";".join(f"{kind}[{','.join(map(str, dims))}]" for kind, dims in shape.items())
+
+
+ACTIONS = {"facts": facts, "compare": compare, "trace": trace, "memory": memory}
+
+
+def answer(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
+    """Do what one request asks; a failure becomes an answer with one line of text."""
+    try:
+        return {"ok": True, **ACTIONS[request["do"]](request, settings, say)}
+    except ModuleNotFoundError as error:
+        return {"ok": False, "error": f"{error.name} is not installed for {sys.executable}: pip install {error.name}"}
+    except Exception as error:  # whatever the runtime raises has to reach the other side as an answer
+        return {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+
+
+def serve(settings: Settings) -> None:
+    pin(int(settings["threads"]))
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # The runtime's own chatter must not get between the answers.
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    requests: queue.Queue[str] = queue.Queue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            requests.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        say(answer(json.loads(requests.get()), settings, say))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "peak":
+        print(json.dumps({"peak_bytes": peak_of(json.loads(sys.argv[2]), sys.argv[3])}))
+    else:
+        serve(json.loads(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""The network: what the user brings, how it is traced, and how it is cut."""

@@ -1,0 +1,269 @@
+"""What the user brings: a trained model, its data, and how good it is measured.
+
+A task file is ordinary Python with a function `task()` that returns a `Task`. It is the one piece of foreign code that
+the program executes, because the user named it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from automl_compress.errors import TaskError
+
+Inputs = tuple[Tensor, ...]
+Batch = tuple[Inputs, Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
+Metric = Callable[[Any, Tensor], float]
+BATCH_SIZE = 128
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Fraction of rows whose largest output is the target class: outputs [N, classes], targets [N]."""
+    return float((outputs.argmax(dim=1) == targets).float().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A trained model with its data; classification with accuracy unless a loss or metric is given.
+
+    model           the trained network (the teacher); it is never modified
+    train           training batches: a DataLoader, any re-iterable of (inputs, targets) batches, a map-style Dataset, or
+                    a pair of tensors. Inputs are a tensor or a tuple of tensors, batch dimension first.
+    validation      the same; every decision is taken on it
+    test            the same; read once, for the delivered model alone
+    loss            loss(outputs, targets) -> scalar tensor; cross-entropy by default
+    metric          metric(outputs, targets) -> float over a whole split, higher is better; accuracy by default
+    example_inputs  one batch of inputs to trace with; the first validation batch by default
+    """
+
+    model: nn.Module
+    train: Any
+    validation: Any
+    test: Any = None
+    loss: Loss | None = None
+    metric: Metric | None = None
+    example_inputs: Any = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the default loss and metric apply."""
+        return self.loss is None and self.metric is None
+
+    @property
+    def metric_name(self) -> str:
+        return "accuracy" if self.metric is None else getattr(self.metric, "__name__", "metric")
+
+    def loss_of(self, outputs: Any, targets: Tensor) -> Tensor:
+        return self.loss(outputs, targets) if self.loss else functional.cross_entropy(outputs, targets)
+
+    def metric_of(self, outputs: Any, targets: Tensor) -> float:
+        value = float(self.metric(outputs, targets) if self.metric else accuracy(outputs, targets))
+        if value != value:
+            raise TaskError(f"the task's metric {self.metric_name} is NaN: check the model's outputs and the metric")
+        return value
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """The batches of 'train', 'validation' or 'test' in their own order, as (tuple of inputs, targets)."""
+        for number, batch in enumerate(getattr(self, split)):
+            yield _as_batch(batch, split, number)
+
+
+def load_task(spec: str, *, weights: Path | None = None) -> Task:
+    """Load `path/task.py[:function]` or `package.module[:function]`, call it, and check what it returns.
+
+    `weights` (.safetensors, or .pt read with weights_only) replaces the model's parameters. Raises TaskError.
+    """
+    source, _, function = spec.partition(":") if not _is_windows_path(spec) else (spec, "", "")
+    module = _import(source)
+    name = function or "task"
+    make = getattr(module, name, None)
+    if not callable(make):
+        raise TaskError(
+            f"{source}: has no function {name}(); a task file defines task() and returns automl_compress.Task"
+        )
+    try:
+        task = make()
+    except Exception as error:
+        raise TaskError(f"{source}: {name}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise TaskError(f"{source}: {name}() returned {type(task).__name__}; it must return automl_compress.Task")
+    return prepare(task, weights=weights)
+
+
+def prepare(task: Task, *, weights: Path | None = None) -> Task:
+    """Check a task and bring its data into re-iterable form. Raises TaskError that says which part is wrong."""
+    if not isinstance(task.model, nn.Module):
+        raise TaskError(f"task: model must be a torch.nn.Module, found {type(task.model).__name__}")
+    if weights is not None:
+        load_weights(task.model, weights)
+    splits = {"train": _loader(task.train, "train", shuffle=True), "validation": _loader(task.validation, "validation")}
+    if task.test is not None:
+        splits["test"] = _loader(task.test, "test")
+    task = replace(task, **splits)
+    for split in splits:
+        _first(task, split)
+    inputs = task.example_inputs if task.example_inputs is not None else _first(task, "validation")[0]
+    task = replace(task, example_inputs=_as_inputs(inputs, "example_inputs"))
+    _check_forward(task)
+    return task
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a model from .safetensors or a .pt state dict; nothing is ever unpickled. Raises TaskError."""
+    if not path.is_file():
+        raise TaskError(f"--weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TaskError(
+            f"--weights {path}: not a plain state dict ({reason[:160]}); pickled objects are never loaded: "
+            "save model.state_dict() with torch.save, or as .safetensors"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise TaskError(f"--weights {path}: doesn't fit the model: {' '.join(lines[:3])[:300]}") from error
+
+
+def _is_windows_path(spec: str) -> bool:
+    return len(spec) > 2 and spec[1] == ":" and spec[2] in "\\/" and spec.count(":") == 1
+
+
+def _import(source: str) -> Any:
+    path = Path(source)
+    if source.endswith(".py") or path.exists() or "/" in source:
+        if not path.is_file():
+            raise TaskError(f"{source}: no such task file")
+        loader = importlib.util.spec_from_file_location(f"automl_compress_task_{path.stem}", path)
+        if loader is None or loader.loader is None:
+            raise TaskError(f"{source}: not a Python file; name a task.py or an importable module")
+        module = importlib.util.module_from_spec(loader)
+        sys.modules[module.__name__] = module
+        # Helper modules beside the task file must be importable, as when the file is run as a script.
+        sys.path.insert(0, str(path.resolve().parent))
+        run: Callable[[], Any] = lambda: loader.loader.exec_module(module)  # type: ignore[union-attr]  # noqa: E731
+    else:
+        sys.path.insert(0, "")
+
+        def run() -> Any:
+            return importlib.import_module(source)
+
+    try:
+        return run() or module
+    except ModuleNotFoundError as error:
+        raise TaskError(f"{source}: no module named {error.name!r}; name a task.py or an importable module") from error
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{source}: raised {type(error).__name__} while loading: {error}") from error
+
+
+def _loader(data: Any, split: str, *, shuffle: bool = False) -> Iterable[Any]:
+    if data is None:
+        raise TaskError(f"task: {split} data is missing")
+    if isinstance(data, DataLoader):
+        return data
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        if len(data[0]) != len(data[1]):
+            raise TaskError(f"task: {split} has {len(data[0])} inputs but {len(data[1])} targets")
+        data = TensorDataset(*data)
+    if isinstance(data, Dataset):
+        if len(data) == 0:  # type: ignore[arg-type]
+            raise TaskError(f"task: {split} data is empty")
+        return DataLoader(data, batch_size=BATCH_SIZE, shuffle=shuffle)
+    if isinstance(data, Iterator):
+        raise TaskError(
+            f"task: {split} can be read only once ({type(data).__name__}); give a DataLoader, Dataset or list"
+        )
+    if not isinstance(data, Iterable):
+        raise TaskError(
+            f"task: {split} must be a DataLoader, Dataset, list of batches or pair of tensors, "
+            f"found {type(data).__name__}"
+        )
+    return data
+
+
+def _first(task: Task, split: str) -> Batch:
+    try:
+        for batch in task.batches(split):
+            return batch
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task: reading {split} data raised {type(error).__name__}: {error}") from error
+    raise TaskError(f"task: {split} data is empty: its loader yields no batch")
+
+
+def _as_inputs(value: Any, what: str) -> Inputs:
+    inputs = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not inputs or not all(isinstance(part, Tensor) for part in inputs):
+        found = ", ".join(type(part).__name__ for part in inputs) or "nothing"
+        raise TaskError(f"task: {what} must be a tensor or a tuple of tensors, found {found}")
+    return inputs
+
+
+def _as_batch(batch: Any, split: str, number: int) -> Batch:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TaskError(f"task: {split} batch {number} must be a pair (inputs, targets), found {type(batch).__name__}")
+    inputs, targets = batch
+    if not isinstance(targets, Tensor):
+        raise TaskError(f"task: {split} batch {number}: targets must be a tensor, found {type(targets).__name__}")
+    if len(targets) == 0:
+        raise TaskError(f"task: {split} batch {number} is empty")
+    return _as_inputs(inputs, f"{split} batch {number}: inputs"), targets
+
+
+def _check_forward(task: Task) -> None:
+    training = task.model.training
+    task.model.eval()
+    try:
+        with torch.no_grad():
+            outputs = task.model(*task.example_inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(part.shape)) for part in task.example_inputs)
+        raise TaskError(
+            f"task: the model's forward fails on the example input {shapes}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    finally:
+        task.model.train(training)
+    if not task.classifies:
+        return
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TaskError(f"task: classification needs outputs [batch, classes], found {found}; give a loss and a metric")
+    for split in ("train", "validation"):
+        check_labels(_first(task, split)[1], int(outputs.shape[1]), split)
+
+
+def check_labels(targets: Tensor, classes: int, split: str) -> None:
+    """Raise TaskError unless targets are integers from 0 to classes - 1."""
+    if targets.dtype.is_floating_point or targets.ndim != 1:
+        raise TaskError(
+            f"task: {split} targets must be class numbers [batch] (integers), found {targets.dtype} "
+            f"{tuple(targets.shape)}; give a loss and a metric for anything else"
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise TaskError(
+            f"task: {split} labels must be 0 to {classes - 1} (the model has {classes} outputs), "
+            f"found {low if low < 0 else high}"
+        )

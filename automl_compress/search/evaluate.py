@@ -1,0 +1,219 @@
+"""The workbench on which plans become models and models get figures.
+
+It holds everything about one task that is computed once and used by every trial: calibration samples, the exported
+template, the ranking of channels, Gram matrices, the teacher's outputs. A trial's metric is that of the ONNX model in the
+runtime, quantized layers included: what is compared in the search is what is delivered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from automl_compress.core.graph import ChannelGroup, Graph
+from automl_compress.core.plan import FULL_BITS, Plan
+from automl_compress.deploy.export import Template
+from automl_compress.deploy.runtime import OnnxModel
+from automl_compress.errors import TaskError
+from automl_compress.model.surgery import copy_model
+from automl_compress.model.task import Inputs, Task, check_labels
+from automl_compress.techniques.importance import criterion
+from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
+from automl_compress.techniques.quantize import activation_tensors, calibrate, quantize
+from automl_compress.techniques.reconstruct import Gram, collect_grams, elimination_scores, refit
+from automl_compress.techniques.recover import recalibrate_batch_norm
+
+CALIBRATION_SAMPLES = 512
+GRAM_SAMPLES = 1024
+ONE_SHOT_SAMPLES = 2048
+
+
+class Workbench:
+    """Turns plans of one task into models, and measures how good they are (not how fast)."""
+
+    def __init__(
+        self, task: Task, graph: Graph, *, importance: str = "obs", seed: int = 0, threads: int | None = None
+    ) -> None:
+        self.task, self.graph, self.importance, self.seed = task, graph, importance, seed
+        self._threads = threads
+        self.teacher = copy_model(task.model).cpu().float().eval()
+
+    @cached_property
+    def template(self) -> Template:
+        return Template(self.teacher, self.task.example_inputs, self.graph)
+
+    @cached_property
+    def samples(self) -> list[Inputs]:
+        """Training inputs for calibration, batch by batch, at most GRAM_SAMPLES."""
+        torch.manual_seed(self.seed)
+        return [inputs for inputs, _ in _limited(self.task, "train", GRAM_SAMPLES)]
+
+    @cached_property
+    def validation(self) -> list[tuple[Inputs, Tensor]]:
+        """Validation samples for one-shot trials, at most ONE_SHOT_SAMPLES."""
+        return _limited(self.task, "validation", ONE_SHOT_SAMPLES)
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        return Ranking(self.teacher, self.graph, self._importance)
+
+    @cached_property
+    def grams(self) -> dict[str, Gram]:
+        return collect_grams(self.teacher, self.graph, self.samples)
+
+    @cached_property
+    def original(self) -> onnx.ModelProto:
+        """The original as ONNX, batch-norms folded, nothing else changed."""
+        return self.template.fill(self.teacher, Plan())
+
+    @cached_property
+    def _reference(self) -> list[np.ndarray]:
+        return self._outputs(self.original, self._calibration)
+
+    @cached_property
+    def _calibration(self) -> list[Inputs]:
+        return head(self.samples, CALIBRATION_SAMPLES)
+
+    @cached_property
+    def _original_ranges(self) -> dict[str, tuple[float, float]]:
+        """Activation ranges of the original for every tensor that some plan quantizes."""
+        bits = {layer.name: 8 for layer in self.graph.layers}
+        tensors = activation_tensors(self.original, bits)
+        return calibrate(self.original, self._feeds(self._calibration), tensors)
+
+    def student(self, plan: Plan) -> tuple[nn.Module, Plan]:
+        """The plan's model without any training, and the plan with its channels selected.
+
+        A cut model is repaired twice, by refitting consumers and by recalibrating batch-norms on top, and the repair that
+        stays closer to the original's outputs is kept; neither is better on every model.
+        """
+        plan = select_channels(self.graph, plan, self.ranking)
+        model = apply_plan(self.teacher, self.graph, plan)
+        if not plan.kept and not plan.drop:
+            return model.eval(), plan
+        if plan.kept:
+            refit(model, self.teacher, self.graph, plan, self.grams)
+        recalibrated = copy_model(model)
+        if not recalibrate_batch_norm(recalibrated, self._calibration):
+            return model.eval(), plan
+        return min((model.eval(), recalibrated.eval()), key=self._torch_distortion), plan
+
+    def structure(self, plan: Plan) -> onnx.ModelProto:
+        """The plan's ONNX model with the right shapes and operators but without repair: enough to predict its cost."""
+        plan = select_channels(self.graph, plan, self.ranking)
+        model = self.template.fill(apply_plan(self.teacher, self.graph, plan), plan)
+        return self._quantized(model, plan, self._original_ranges)
+
+    def onnx(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
+        """The finished ONNX model: layers with fewer than 32 bits quantized, ranges from training samples."""
+        filled = self.template.fill(model, plan)
+        bits = _low_bits(plan)
+        if not bits:
+            return filled
+        ranges = calibrate(filled, self._feeds(self._calibration), activation_tensors(filled, bits))
+        return self._quantized(filled, plan, ranges)
+
+    def one_shot(self, plan: Plan) -> float:
+        """The metric on validation samples after pruning, repair and quantization, without training."""
+        model, plan = self.student(plan)
+        return self.metric(self.onnx(model, plan), self.validation)
+
+    def metric(self, model: onnx.ModelProto, data: Sequence[tuple[Inputs, Tensor]] | str) -> float:
+        """The task's metric of an ONNX model on samples, or on a whole split by name."""
+        batches = list(self.task.batches(data)) if isinstance(data, str) else data
+        outputs = self._outputs(model, [inputs for inputs, _ in batches])
+        targets = torch.cat([target for _, target in batches])
+        joined = torch.from_numpy(np.concatenate(outputs))
+        if self.task.classifies:
+            check_labels(targets, joined.shape[1], data if isinstance(data, str) else "validation")
+        return self.task.metric_of(joined, targets)
+
+    def distortion(self, model: onnx.ModelProto) -> float:
+        """How far a model's outputs are from the original's on calibration samples; 0 for the original itself.
+
+        Kullback-Leibler divergence (nats a sample) for classification, else squared error over the outputs' variance.
+        """
+        outputs = self._outputs(model, head(self._calibration, 256))
+        return _distance(outputs, self._reference[: len(outputs)], self.task.classifies)
+
+    def _torch_distortion(self, model: nn.Module) -> float:
+        inputs = head(self._calibration, 256)
+        with torch.no_grad():
+            outputs = [model(*part).numpy() for part in inputs]
+        return _distance(outputs, self._reference[: len(outputs)], self.task.classifies)
+
+    def _quantized(
+        self, model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, tuple[float, float]]
+    ) -> onnx.ModelProto:
+        bits = _low_bits(plan)
+        return quantize(model, bits, ranges) if bits else model
+
+    def _outputs(self, model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[np.ndarray]:
+        session = OnnxModel(model, **({"threads": self._threads} if self._threads else {}))
+        return [session(tuple(part.numpy() for part in inputs))[0] for inputs in batches]
+
+    def _feeds(self, batches: Sequence[Inputs]) -> list[dict[str, np.ndarray]]:
+        names = [value.name for value in self.original.graph.input]
+        return [dict(zip(names, (part.numpy() for part in inputs), strict=True)) for inputs in batches]
+
+    def _importance(self, model: nn.Module, group: ChannelGroup) -> Tensor:
+        if self.importance == "obs":
+            scores = elimination_scores(model, group, self.graph, self.grams)
+            return scores if scores is not None else criterion("l2")(model, group)
+        return criterion(self.importance)(model, group)
+
+
+def _low_bits(plan: Plan) -> dict[str, int]:
+    return {layer: bits for layer, bits in plan.bits.items() if bits != FULL_BITS}
+
+
+def _limited(task: Task, split: str, samples: int) -> list[tuple[Inputs, Tensor]]:
+    """The first batches of a split, in float32 on the CPU, up to a number of samples."""
+    result: list[tuple[Inputs, Tensor]] = []
+    left = samples
+    for inputs, targets in task.batches(split):
+        rows = tuple(_plain(part[:left]) for part in inputs)
+        result.append((rows, targets[:left].cpu()))
+        left -= len(targets)
+        if left <= 0:
+            break
+    if not result:
+        raise TaskError(f"task: {split} data is empty: its loader yields no batch")
+    return result
+
+
+def _plain(part: Tensor) -> Tensor:
+    part = part.detach().cpu()
+    return part.float() if part.is_floating_point() else part
+
+
+def head(batches: Sequence[Inputs], samples: int) -> list[Inputs]:
+    """The first `samples` rows of a list of batches."""
+    result, left = [], samples
+    for inputs in batches:
+        if left <= 0:
+            break
+        result.append(tuple(part[:left] for part in inputs))
+        left -= len(inputs[0])
+    return result
+
+
+def _distance(outputs: Sequence[Any], reference: Sequence[Any], classifies: bool) -> float:
+    one = np.concatenate(outputs).astype(np.float64)
+    other = np.concatenate(reference).astype(np.float64)[: len(one)]
+    if classifies:
+        p, q = _log_softmax(other), _log_softmax(one)
+        return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+    return float(((one - other) ** 2).mean() / max(other.var(), 1e-12))
+
+
+def _log_softmax(values: np.ndarray) -> np.ndarray:
+    shifted = values - values.max(axis=1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result

@@ -1,0 +1,138 @@
+"""The fidelity ladder: one-shot, short distillation, full distillation, and who goes up.
+
+A rung's metric is compared within the rung only. One-shot trials are the Optuna study; what was distilled is kept in the
+run folder, plan by plan, so that a run that was stopped trains nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from automl_compress.core.plan import Plan
+from automl_compress.deploy.run_folder import RunFolder
+from automl_compress.errors import PlanError, RunFolderError
+from automl_compress.search.evaluate import Workbench
+from automl_compress.techniques.distill import Schedule, Step, distill
+from automl_compress.techniques.prune import apply_plan
+
+SHORT_SHARE = 1 / 6
+SURVIVORS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A plan's recovered model: its selected channels, validation metric, weights and ONNX file."""
+
+    plan: Plan
+    metric: float
+    weights: Path
+    onnx: Path
+    losses: tuple[float, ...]
+    seconds: float
+
+    def model(self, bench: Workbench) -> nn.Module:
+        """The PyTorch model, rebuilt from the original, the plan and the weights."""
+        return rebuild(bench, self.plan, self.weights)
+
+
+def rebuild(bench: Workbench, plan: Plan, weights: Path) -> nn.Module:
+    """The PyTorch model of a plan with selected channels and stored weights. Raises PlanError if they don't fit."""
+    model = apply_plan(bench.teacher, bench.graph, plan)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (RuntimeError, OSError, SafetensorError) as error:
+        raise PlanError(f"{weights}: doesn't fit the plan ({str(error).splitlines()[0]})") from error
+    return model.eval()
+
+
+def read_plan(path: Path, bench: Workbench) -> Plan:
+    """A plan file, checked against the model. Raises PlanError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path}: can't be read ({error})") from error
+    return Plan.from_json(data, bench.graph)
+
+
+def short(schedule: Schedule) -> Schedule:
+    """The short rung's schedule: a sixth of the full one."""
+    return replace(schedule, epochs=schedule.epochs * SHORT_SHARE)
+
+
+class Recovery:
+    """Recovers plans and keeps each result in the run folder, so that none is ever trained twice."""
+
+    def __init__(self, bench: Workbench, folder: RunFolder) -> None:
+        self._bench, self._folder = bench, folder
+
+    def recover(self, plan: Plan, rung: str, schedule: Schedule, on_step: Step | None = None) -> Candidate:
+        """The recovered model of a plan at a rung, from the run folder if it is there.
+
+        Its metric is that of the ONNX model on all validation data. Should distillation make it worse than the one-shot
+        repair, it is the repaired model that counts.
+        """
+        name = f"candidates/{rung}-{plan.key}"
+        known = self._load(name, schedule)
+        if known is not None:
+            return known
+        model, full = self._bench.student(plan)
+        exported = self._bench.onnx(model, full)
+        metric, losses, seconds = self._bench.metric(exported, "validation"), (), 0.0
+        if schedule.epochs > 0:
+            log = distill(
+                model, self._bench.teacher, self._bench.task, schedule, seed=self._bench.seed, on_step=on_step
+            )
+            losses, seconds = log.losses, log.seconds
+            trained = self._bench.onnx(model, full)
+            reached = self._bench.metric(trained, "validation")
+            if reached >= metric:
+                exported, metric = trained, reached
+            else:  # a schedule that is too short or too hot can undo what the one-shot repair had reached
+                model, full = self._bench.student(plan)
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        weights = self._folder.write_bytes(f"{name}.safetensors", save(_apart(state)))
+        path = self._folder.write_bytes(f"{name}.onnx", exported.SerializeToString())
+        record = {
+            "plan": full.to_json(self._bench.graph),
+            "metric": metric,
+            "losses": list(losses),
+            "seconds": seconds,
+            "epochs": schedule.epochs,
+        }
+        self._folder.write_json(f"{name}.json", record)  # last: its presence says that the others are complete
+        return Candidate(plan=full, metric=metric, weights=weights, onnx=path, losses=tuple(losses), seconds=seconds)
+
+    def _load(self, name: str, schedule: Schedule) -> Candidate | None:
+        record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
+        if record is None or record.get("epochs") != schedule.epochs:
+            return None
+        try:
+            return Candidate(
+                plan=Plan.from_json(record["plan"], self._bench.graph),
+                metric=float(record["metric"]),
+                weights=self._folder.file(*f"{name}.safetensors".split("/")),
+                onnx=self._folder.file(*f"{name}.onnx".split("/")),
+                losses=tuple(record["losses"]),
+                seconds=float(record["seconds"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(
+                f"{self._folder.path / name}.json: damaged ({error}); delete it and run again"
+            ) from error
+
+
+def _apart(state: dict[str, Any]) -> dict[str, Any]:
+    """Tied parameters share memory, which the file format refuses: write each with its own copy."""
+    seen: set[int] = set()
+    result = {}
+    for key, value in state.items():
+        result[key] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return result

@@ -1,0 +1,329 @@
+"""What may be decided about a network: options for the student's width, each channel group, block and layer.
+
+A space is a file of rules; `resolve` applies them to one network. For each target the first rule that matches decides,
+and a rule that never matched is an error, because it usually is a misspelt name. A list offers options beside doing
+nothing, which is always among them; a single value (`sparsity: 0.5`, `bits: 8`, `drop: always`) leaves no choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from automl_compress.core.graph import Graph
+from automl_compress.core.plan import FULL_BITS, Plan
+from automl_compress.errors import PlanError, SpaceError
+from automl_compress.search.rules import Rule, SpaceFile, Target, check_unused, load_space, targets_of
+from automl_compress.search.table import AdditiveTable, LayerCost, Option, layer_width
+
+if TYPE_CHECKING:
+    from optuna.distributions import CategoricalDistribution
+
+__all__ = ["Decision", "SearchSpace", "SpaceFile", "drop_dominated", "load_space", "resolve"]
+
+Kind = Literal["width", "sparsity", "drop", "bits"]
+_KINDS: dict[str, Kind] = {"channel-group": "sparsity", "block": "drop", "layer": "bits"}
+Identity = tuple[tuple[str, ...], tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One choice. `options` are in ascending order of effect: the first changes the network least."""
+
+    name: str
+    kind: Kind
+    target: str
+    options: tuple[Option, ...]
+
+    @property
+    def neutral(self) -> Option:
+        """The option that changes the network least: doing nothing, unless a rule doesn't allow that."""
+        return self.options[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Everything that can be decided about one network.
+
+    decisions   the choices that have more than one option
+    fixed       decision name -> the only option, for choices that have one
+    importance  by which norm of its weights a channel is kept: 'l1' or 'l2'
+    notes       what the rules offered and why it isn't offered here, one line each
+    """
+
+    name: str
+    importance: Literal["l1", "l2"] = "l2"
+    decisions: tuple[Decision, ...]
+    fixed: Mapping[str, Option] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    graph: Graph = field(repr=False)
+
+    @cached_property
+    def decision(self) -> dict[str, Decision]:
+        return {decision.name: decision for decision in self.decisions}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the network's structure and all options: equal spaces have equal fingerprints."""
+        options = {d.name: list(d.options) for d in self.decisions}
+        text = json.dumps([self.graph.fingerprint, self.importance, options, dict(self.fixed)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def options(self, name: str) -> tuple[Option, ...]:
+        """A decision's options, also where there is only one; empty if nothing decides about that."""
+        if name in self.decision:
+            return self.decision[name].options
+        return (self.fixed[name],) if name in self.fixed else ()
+
+    def neutral(self) -> dict[str, Option]:
+        """The parameters that change the network least."""
+        return {d.name: d.neutral for d in self.decisions}
+
+    def plan(self, params: Mapping[str, Option]) -> Plan:
+        """The plan that these parameters mean; absent ones change nothing. PlanError for anything not on offer."""
+        chosen = {**self.neutral(), **params}
+        for name, value in chosen.items():
+            if name not in self.decision or value not in self.decision[name].options:
+                raise PlanError(f"{name}={value!r} is not among the options {self.options(name)} of space {self.name}")
+        chosen.update(self.fixed)
+        parts: dict[str, dict[str, Option]] = {"sparsity": {}, "drop": {}, "bits": {}}
+        for name, value in chosen.items():
+            kind, _, target = name.partition(".")
+            if target:
+                parts[kind][target] = value
+        return Plan(
+            width=float(chosen.get("width", 1.0)),
+            sparsity={k: float(v) for k, v in parts["sparsity"].items() if v},
+            drop=frozenset(k for k, v in parts["drop"].items() if v),
+            bits={k: int(v) for k, v in parts["bits"].items() if v != FULL_BITS},
+        )
+
+    def params(self, plan: Plan) -> dict[str, Option]:
+        """The parameters that mean this plan. PlanError names the first choice that the space doesn't offer."""
+        found = {d.name: self._option(plan, d.name) for d in self.decisions}
+        again = self.plan(found)
+        if self.identity(again) != self.identity(plan):
+            difference = _difference(self.identity(plan), self.identity(again))
+            raise PlanError(f"the plan can't be written in space {self.name}: {difference}")
+        return found
+
+    def _option(self, plan: Plan, name: str) -> Option:
+        decision = self.decision[name]
+        kind, target = decision.kind, decision.target
+        if kind == "width":
+            wanted: Option = plan.width
+        elif kind == "drop":
+            wanted = target in plan.drop
+        elif kind == "bits":
+            wanted = plan.layer_bits(target)
+        else:
+            wanted = plan.sparsity.get(target, 0.0)
+        if wanted in decision.options:
+            return next(option for option in decision.options if option == wanted)
+        if kind == "sparsity":
+            size = self.graph.group[target].size
+            for option in decision.options:
+                other = replace(plan, sparsity={target: float(option)}, kept={})
+                if other.kept_count(target, size) == plan.kept_count(target, size):
+                    return option
+        raise PlanError(f"{name}={wanted!r} is not among the options {decision.options} of space {self.name}")
+
+    def identity(self, plan: Plan) -> Identity:
+        """What the plan comes down to: equal for plans that make the same network, however they say it.
+
+        Removed blocks, kept channels of the groups and bits of the layers that remain. A block inside of a removed one,
+        and anything decided about what is gone, doesn't count.
+        """
+        gone = {layer.name for layer in self.graph.layers if plan.drop.intersection(layer.blocks)}
+        drop = {b for b in plan.drop if not any(self._inside(b, other) for other in plan.drop if other != b)}
+        kept = {
+            g.name: plan.kept_count(g.name, g.size)
+            for g in self.graph.groups
+            if not gone.issuperset((*g.producers, *g.consumers))
+        }
+        bits = {layer.name: plan.layer_bits(layer.name) for layer in self.graph.layers if layer.name not in gone}
+        return tuple(sorted(drop)), tuple(sorted(kept.items())), tuple(sorted(bits.items()))
+
+    def _inside(self, block: str, other: str) -> bool:
+        inner, outer = set(self.graph.block[block].layers), set(self.graph.block[other].layers)
+        return inner < outer
+
+    def plan_key(self, plan: Plan) -> str:
+        """A short digest of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(plan)).encode()).hexdigest()[:16]
+
+    def distributions(self) -> dict[str, CategoricalDistribution]:
+        """Decision name -> Optuna distribution over its options."""
+        from optuna.distributions import CategoricalDistribution
+
+        return {d.name: CategoricalDistribution(d.options) for d in self.decisions}
+
+
+def resolve(space: SpaceFile, graph: Graph, bit_widths: Mapping[str, tuple[int, ...]]) -> SearchSpace:
+    """Apply a space's rules to a network on a device that runs `bit_widths[kind]` natively.
+
+    Sparsities that leave the same number of channels are offered once. Bit-widths that the device doesn't run natively
+    are not offered, and noted. Raises SpaceError for a rule that matches nothing, and for a fixed bit-width that the
+    device doesn't run.
+    """
+    targets = targets_of(graph)
+    chosen: dict[str, tuple[Option, ...]] = {}
+    used: set[int] = set()
+    missing: dict[tuple[str, int], int] = {}
+    for target in targets:
+        index = next((i for i, rule in enumerate(space.rules) if rule.matches(target)), None)
+        if index is None:
+            continue
+        used.add(index)
+        rule = space.rules[index]
+        name = f"{_KINDS[target.kind]}.{target.name}"
+        if target.kind == "channel-group":
+            chosen[name] = _sparsities(rule, target.channels)
+        elif target.kind == "block":
+            chosen[name] = {"always": (True,), "true": (False, True), "false": (False,)}[str(rule.drop).lower()]
+        else:
+            chosen[name] = _bits(rule, target, bit_widths.get(target.operator, (FULL_BITS,)), missing)
+    check_unused(space, used, targets)
+    widths = tuple(space.widths) if graph.groups else (1.0,)
+    chosen = {"width": widths, **chosen}
+    notes = [
+        f"{count} {operator} layer{'s' if count > 1 else ''}: {bits} bits not offered, the device runs "
+        f"{', '.join(map(str, bit_widths.get(operator, (FULL_BITS,))))} natively"
+        for (operator, bits), count in sorted(missing.items())
+    ]
+    if len(space.widths) > 1 and not graph.groups:
+        notes.append("width: not offered, the network has no channel group that can be narrowed")
+    return SearchSpace(
+        name=space.name,
+        importance=space.importance,
+        decisions=tuple(
+            Decision(name=name, kind=_kind(name), target=name.partition(".")[2], options=options)
+            for name, options in chosen.items()
+            if len(options) > 1
+        ),
+        fixed={name: options[0] for name, options in chosen.items() if len(options) == 1},
+        notes=tuple(notes),
+        graph=graph,
+    )
+
+
+def drop_dominated(
+    space: SearchSpace, graph: Graph, table: AdditiveTable, *, metrics: Sequence[str] = ("latency", "size")
+) -> SearchSpace:
+    """Take out every sparsity for which keeping more channels is nowhere dearer in any of `metrics`.
+
+    "Nowhere" is at every bit-width on offer and whatever the neighbouring groups keep, by the table. Fewer channels are
+    always a smaller file, so an option is dominated only where size isn't limited: pass the metrics that the budget
+    limits; with 'memory' among them nothing is dominated. Widths are compared at student width 1.
+    """
+    if "memory" in metrics:
+        return space
+    decisions: list[Decision] = []
+    notes: list[str] = []
+    for decision in space.decisions:
+        if decision.kind != "sparsity":
+            decisions.append(decision)
+            continue
+        size = graph.group[decision.target].size
+        counts = {option: _kept(size, option) for option in decision.options}
+        costs = {option: _touching_costs(space, graph, table, decision.target, counts[option]) for option in counts}
+        left: list[Option] = []
+        for option in decision.options:
+            wider = (o for o in left if counts[o] > counts[option])
+            better = next((o for o in wider if _nowhere_dearer(costs[o], costs[option], metrics)), None)
+            if better is None:
+                left.append(option)
+            else:
+                fewer, more = counts[option], counts[better]
+                notes.append(f"{decision.target}: {fewer} channels are not cheaper here than {more}: not offered")
+        decisions.append(replace(decision, options=tuple(left)))
+    fixed = {**space.fixed, **{d.name: d.options[0] for d in decisions if len(d.options) == 1}}
+    left_over = tuple(d for d in decisions if len(d.options) > 1)
+    return replace(space, decisions=left_over, fixed=fixed, notes=(*space.notes, *notes))
+
+
+def _touching_costs(
+    space: SearchSpace, graph: Graph, table: AdditiveTable, group: str, kept: int
+) -> list[list[LayerCost]]:
+    """For each layer on the group: its cost when the group keeps `kept`, over all neighbours' widths and bits."""
+    result = []
+    for layer in graph.layers:
+        names = (*layer.in_groups, *layer.out_groups)
+        if group not in names:
+            continue
+        cases: list[dict[str, int]] = [{group: kept}]
+        for other in dict.fromkeys(names):
+            if other != group:
+                size = graph.group[other].size
+                sparsities = space.options(f"sparsity.{other}") or (0.0,)
+                cases = [{**case, other: _kept(size, s)} for case in cases for s in sparsities]
+        bits = [int(b) for b in space.options(f"bits.{layer.name}") or (FULL_BITS,)]
+        costs = [
+            table.cost(layer.name, (layer_width(graph, layer, "in", c), layer_width(graph, layer, "out", c), b))
+            for c in cases
+            for b in bits
+        ]
+        # A layer that can be removed while others on the group stay must not be what pays for the wider option.
+        result.append([*costs, LayerCost()] if layer.blocks else costs)
+    return result
+
+
+def _nowhere_dearer(wide: list[list[LayerCost]], narrow: list[list[LayerCost]], metrics: Sequence[str]) -> bool:
+    """Whether the worst case over everything else is not above zero, metric by metric."""
+    return all(
+        sum(max(a.of(m) - b.of(m) for a, b in zip(w, n, strict=True)) for w, n in zip(wide, narrow, strict=True)) <= 0
+        for m in metrics
+    )
+
+
+def _sparsities(rule: Rule, size: int) -> tuple[Option, ...]:
+    """Ascending; of those that leave equally many channels the lowest."""
+    assert rule.sparsity is not None
+    if not isinstance(rule.sparsity, list):
+        return (rule.sparsity,)
+    kept: dict[int, float] = {}
+    for option in sorted({0.0, *rule.sparsity}):
+        kept.setdefault(_kept(size, option), option)
+    return tuple(kept.values())
+
+
+def _bits(
+    rule: Rule, target: Target, native: tuple[int, ...], missing: dict[tuple[str, int], int]
+) -> tuple[Option, ...]:
+    assert rule.bits is not None
+    if not isinstance(rule.bits, list):
+        if rule.bits not in (*native, FULL_BITS):
+            raise SpaceError(
+                f"rule {rule.text}: {target.name} can't be fixed to {rule.bits} bits, the device runs {target.operator}"
+                f" natively at {', '.join(map(str, native))}; write a list to offer bits where they run"
+            )
+        return (rule.bits,)
+    wanted = sorted({FULL_BITS, *rule.bits}, reverse=True)
+    for bits in wanted:
+        if bits not in (*native, FULL_BITS):
+            missing[target.operator, bits] = missing.get((target.operator, bits), 0) + 1
+    return tuple(bits for bits in wanted if bits in (*native, FULL_BITS))
+
+
+def _kept(size: int, sparsity: Option) -> int:
+    return Plan(sparsity={"": float(sparsity)}).kept_count("", size)
+
+
+def _kind(name: str) -> Kind:
+    kind = name.partition(".")[0]
+    return "width" if kind == "width" else next(k for k in _KINDS.values() if k == kind)
+
+
+def _difference(wanted: Identity, found: Identity) -> str:
+    """The first thing that differs, in words."""
+    if wanted[0] != found[0]:
+        return f"removed blocks {list(wanted[0])}"
+    for what, one, other in (("channels of", wanted[1], found[1]), ("bits of", wanted[2], found[2])):
+        for (name, value), (_, offered) in zip(one, other, strict=True):
+            if value != offered:
+                return f"{value} {what} {name} (the space fixes {offered})"
+    return "unknown difference"

@@ -1,0 +1,95 @@
+"""The additive table: what each option costs in quality, and each layer at each width and bit-width on the device.
+
+Adding up layers ignores what happens between them, so the sums are estimates. They rank plans and aim a search; a
+budget is decided by the cost model, which lowers the whole plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from automl_compress.core.graph import Graph, Layer
+from automl_compress.core.plan import Plan
+
+Option = float | int | bool
+QualityKey = tuple[str, Option]
+Shape = tuple[int, int, int]
+"""(input channels, output channels, bits) of one layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """What one layer adds: microseconds for one sample, bytes of the file."""
+
+    latency_us: float = 0.0
+    size_bytes: float = 0.0
+
+    def of(self, metric: str) -> float:
+        """'latency' in microseconds, 'size' in bytes. Memory doesn't add up over layers: KeyError."""
+        return {"latency": self.latency_us, "size": self.size_bytes}[metric]
+
+    def __add__(self, other: LayerCost) -> LayerCost:
+        return LayerCost(
+            latency_us=self.latency_us + other.latency_us, size_bytes=self.size_bytes + other.size_bytes
+        )
+
+    def scaled(self, factor: float) -> LayerCost:
+        return LayerCost(latency_us=self.latency_us * factor, size_bytes=self.size_bytes * factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditiveTable:
+    """Estimates that are added up.
+
+    quality  (decision name, option) -> estimated quality loss, >= 0; absent means 0, as for doing nothing
+    layers   layer name -> (input channels, output channels, bits) -> cost; at least one entry for every layer
+    fixed    what no decision changes
+    """
+
+    quality: Mapping[QualityKey, float] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[Shape, LayerCost]]
+    fixed: LayerCost = field(default_factory=LayerCost)
+
+    def cost(self, layer: str, shape: Shape) -> LayerCost:
+        """The layer's cost at that shape.
+
+        A shape that isn't in the table is taken from the nearest one that is (the same bits if there is any, then the
+        smallest relative distance of both channel counts), scaled by the product of the channel counts.
+        """
+        entries = self.layers[layer]
+        if shape in entries:
+            return entries[shape]
+        nearest = min(entries, key=lambda other: (other[2] != shape[2], _distance(shape, other), other))
+        return entries[nearest].scaled(shape[0] * shape[1] / (nearest[0] * nearest[1]))
+
+    def plan_cost(self, graph: Graph, plan: Plan) -> LayerCost:
+        """The sum over the layers that remain under a plan, `fixed` included."""
+        total = self.fixed
+        for name, (inputs, outputs) in plan.widths(graph).items():
+            total += self.cost(name, (inputs, outputs, plan.layer_bits(name)))
+        return total
+
+
+def channel_copies(graph: Graph, layer: Layer, group: str, side: str) -> int:
+    """How many of the layer's input or output channels (`side` 'in' or 'out') one channel of the group stands for.
+
+    More than one where a convolution's channel is flattened to several columns of a linear layer.
+    """
+    dim = layer.in_axis if side == "in" else layer.out_axis
+    for place in graph.group[group].places:
+        if place.tensor == layer.weight and place.dim == dim:
+            return len(place.positions[0])
+    return 0
+
+
+def layer_width(graph: Graph, layer: Layer, side: str, kept: Mapping[str, int]) -> int:
+    """The layer's remaining input or output channels when each group keeps `kept[group]` channels (absent: all)."""
+    groups = layer.in_groups if side == "in" else layer.out_groups
+    full = layer.in_channels if side == "in" else layer.out_channels
+    removed = {g: graph.group[g].size - kept[g] for g in groups if g in kept}
+    return full - sum(count * channel_copies(graph, layer, g, side) for g, count in removed.items())
+
+
+def _distance(shape: Shape, other: Shape) -> float:
+    return sum(abs(a - b) / max(a, b, 1) for a, b in zip(shape[:2], other[:2], strict=True))

@@ -1,0 +1,250 @@
+"""Where Quantize and Dequantize nodes go, so that a runtime finds whole regions that it can run in integers.
+
+`place` walks the graph once, in execution order, and decides which values exist as 8-bit integers:
+
+* the input and the output of every int8 convolution, the input of every int8 linear layer, and its output where the
+  runtime would otherwise not find the integer kernel;
+* the output of an operator that has an integer kernel (`INTEGER_OPERATORS`) where all its inputs are already integers;
+* the output of an operator that only moves values or compares them (`MOVING_OPERATORS`): it is applied to the integers
+  themselves and shares their scale, so nothing depends on what the runtime manages to fuse.
+
+An activation that only clamps (Relu, Clip from 0) between a layer and its Quantize node is left out: saturation at the
+zero point does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from automl_compress.errors import PlanError
+from automl_compress.techniques.onnx_graph import GraphView, attribute, layer_of
+
+# Each was seen to run on integers in ONNX Runtime 1.32's CPU provider when Dequantize/Quantize surround it.
+INTEGER_OPERATORS = frozenset({"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool", "LeakyRelu"})
+# Each takes uint8 tensors by the ONNX standard and by that provider. Relu becomes Clip, whose bounds are quantized.
+MOVING_OPERATORS = frozenset(
+    {
+        *("Clip", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Relu", "Reshape"),
+        *("Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+    }
+)
+_FUSED_INTO_GEMM = frozenset(
+    {
+        *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "Selu", "HardSigmoid", "Softplus", "Softsign"),
+        "ThresholdedRelu",
+    }
+)
+SUPPORTED_BITS = (8, 32)
+# Below this, the product of an activation's and a weight's scale would leave float32's normal range.
+_SMALLEST_SCALE = 1e-20
+
+
+@dataclass(kw_only=True)
+class Placement:
+    """Which values of a graph become 8-bit integers.
+
+    roots     value with a scale of its own -> the value that its Quantize node reads (another one where an activation
+              was left out)
+    shared    value -> the value whose scale and integers it takes over (output -> input of a moving operator)
+    integer   first outputs of the nodes that are to run as integer kernels
+    omitted   outputs of the clamps (from 0) that saturation replaces -> the upper bound
+    """
+
+    roots: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    integer: set[str] = field(default_factory=set)
+    omitted: dict[str, float] = field(default_factory=dict)
+
+    def quantized(self, value: str) -> bool:
+        return value in self.roots or value in self.shared
+
+    def root(self, value: str) -> str:
+        """The value whose range decides about the scale of `value`."""
+        while value in self.shared:
+            value = self.shared[value]
+        return value
+
+
+def int8_layers(view: GraphView, bits: Mapping[str, int]) -> dict[str, onnx.NodeProto]:
+    """First output -> node of the layers that are to run in 8 bits and can.
+
+    A layer without a node in the graph belongs to a removed block and is skipped. Raises PlanError for a bit-width that
+    is not supported.
+    """
+    for layer, width in bits.items():
+        if width not in SUPPORTED_BITS:
+            raise PlanError(f"plan: {layer} is to have {width} bits; quantization supports {SUPPORTED_BITS}")
+    chosen = {layer for layer, width in bits.items() if width == 8}
+    return {
+        node.output[0]: node
+        for node in view.nodes
+        if layer_of(node.name) in chosen and weight_axis(node, view) is not None
+    }
+
+
+def weight_axis(node: onnx.NodeProto, view: GraphView) -> int | None:
+    """The axis of the output channels in a layer's constant weight; None if no integer kernel fits this node."""
+    if len(node.input) < 2 or node.input[1] not in view.initializers:
+        return None
+    if len(node.input) > 2 and node.input[2] and node.input[2] not in view.initializers:
+        return None
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "MatMul":
+        return 1 if len(view.initializers[node.input[1]].dims) == 2 else None
+    if node.op_type == "Gemm":
+        factors = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
+        plain = factors == (1.0, 1.0) and not attribute(node, "transA", 0)
+        flat_bias = len(node.input) < 3 or not node.input[2] or len(view.initializers[node.input[2]].dims) == 1
+        return (0 if attribute(node, "transB", 0) else 1) if plain and flat_bias else None
+    return None
+
+
+def input_channels(node: onnx.NodeProto, view: GraphView) -> int | None:
+    """How many channels (axis 1) a Conv, ConvTranspose or Gemm with constant weight reads; None for other nodes."""
+    weight = view.initializers.get(node.input[1]) if len(node.input) > 1 else None
+    if weight is None or node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+        return None
+    if node.op_type == "Conv":
+        return int(weight.dims[1]) * int(attribute(node, "group", 1))
+    if node.op_type == "Gemm":
+        return int(weight.dims[1 if attribute(node, "transB", 0) else 0]) if not attribute(node, "transA", 0) else None
+    return int(weight.dims[0])
+
+
+def clamp_bounds(node: onnx.NodeProto, view: GraphView) -> tuple[float, float] | None:
+    """(low, high) of a Relu or of a Clip with constant bounds; None for anything else."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    if node.op_type != "Clip":
+        return None
+    bounds = [-float("inf"), float("inf")]
+    for index, name in enumerate(node.input[1:3]):
+        if name:
+            value = view.constant(name)
+            if value is None:
+                return None
+            bounds[index] = float(value)
+    return bounds[0], bounds[1]
+
+
+def data_inputs(node: onnx.NodeProto) -> list[str]:
+    """The inputs of an integer operator that carry activations."""
+    return list(node.input) if node.op_type in ("Add", "Mul", "Concat") else [node.input[0]]
+
+
+def place(model: onnx.ModelProto, bits: Mapping[str, int]) -> Placement:
+    """Decide for a float model which values become integers, given layer -> 8 or 32 bits. See the module's text."""
+    view = GraphView(model.graph)
+    layers = int8_layers(view, bits)
+    wanted = {node.input[0] for node in layers.values()}
+    placement = Placement()
+    placement.roots.update({value: value for value in view.inputs if value in wanted})
+    for node in view.nodes:
+        output = node.output[0]
+        if output in placement.omitted:
+            continue
+        if output in layers:
+            placement.integer.add(output)
+            behind, skipped = _behind_clamp(output, view)
+            if node.op_type == "Conv" or behind in wanted or _fused_first(node, view):
+                placement.roots[behind] = output
+                placement.omitted.update(skipped)
+        elif _moves(node, view) and placement.quantized(node.input[0]):
+            placement.shared.update({value: node.input[0] for value in node.output if value})
+        elif _runs_in_integers(node, view, placement, wanted):
+            placement.roots.update({value: value for value in data_inputs(node) if not placement.quantized(value)})
+            placement.integer.add(output)
+            behind, skipped = _behind_clamp(output, view)
+            placement.roots[behind] = output
+            placement.omitted.update(skipped)
+        elif output in wanted:
+            placement.roots[output] = output
+    return placement
+
+
+def _fused_first(node: onnx.NodeProto, view: GraphView) -> bool:
+    """Whether the runtime would merge a Gemm with the float activation behind it before it looks for integer kernels."""
+    user = view.only_user(node.output[0])
+    return node.op_type == "Gemm" and user is not None and user.op_type in _FUSED_INTO_GEMM
+
+
+def _behind_clamp(value: str, view: GraphView) -> tuple[str, dict[str, float]]:
+    """The value behind the clamps that saturation can replace, and their outputs with the lowest upper bound so far."""
+    skipped: dict[str, float] = {}
+    high = float("inf")
+    while (node := view.only_user(value)) is not None:
+        bounds = clamp_bounds(node, view)
+        if bounds is None or bounds[0] != 0.0 or bounds[1] <= 0.0:
+            break
+        value = node.output[0]
+        high = min(high, bounds[1])
+        skipped[value] = high
+    return value, skipped
+
+
+def _moves(node: onnx.NodeProto, view: GraphView) -> bool:
+    if node.op_type not in MOVING_OPERATORS:
+        return False
+    if node.op_type == "Clip":
+        return clamp_bounds(node, view) is not None
+    if node.op_type == "MaxPool":
+        return len([value for value in node.output if value]) == 1
+    if node.op_type == "Pad":
+        fill = node.input[2] if len(node.input) > 2 else ""
+        return not fill or fill in view.initializers
+    return True
+
+
+def _runs_in_integers(node: onnx.NodeProto, view: GraphView, placement: Placement, wanted: set[str]) -> bool:
+    if node.op_type not in INTEGER_OPERATORS:
+        return False
+    inputs = data_inputs(node)
+    if any(value in view.initializers for value in inputs):
+        return False
+    quantized = [placement.quantized(value) for value in inputs]
+    # A gate or a shortcut that is still float is worth quantizing where the sum is needed in integers anyway.
+    return all(quantized) or (any(quantized) and _leads_to(node.output[0], view, wanted))
+
+
+def _leads_to(value: str, view: GraphView, wanted: set[str]) -> bool:
+    """Whether integers made of `value` reach an int8 layer through clamps and moves alone."""
+    open_values, seen = [value], set()
+    while open_values:
+        current = open_values.pop()
+        if current in wanted:
+            return True
+        if current not in seen:
+            seen.add(current)
+            users = view.users.get(current, [])
+            open_values += [user.output[0] for user in users if _moves(user, view) and user.input[0] == current]
+    return False
+
+
+def scale_and_zero_point(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of uint8 for [low, high], widened to contain 0 so that 0 is exact. A range of
+    (nearly) 0 gets scale 1.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / 255)
+    if not np.isfinite(scale) or scale < _SMALLEST_SCALE:
+        scale = np.float32(1.0)
+    return scale, np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255))
+
+
+def weight_scales(weight: np.ndarray, axis: int, bias: np.ndarray | None, input_scale: float) -> np.ndarray:
+    """Scale of each output channel for symmetric int8 weights, shape [channels].
+
+    It is never so small that the channel's bias, kept as int32 in units of input scale x weight scale, would overflow:
+    that matters for channels whose weights are (nearly) zero.
+    """
+    largest = np.abs(weight).max(axis=tuple(d for d in range(weight.ndim) if d != axis)).astype(np.float64)
+    scales = largest / 127
+    if bias is not None:
+        scales = np.maximum(scales, np.abs(bias).astype(np.float64) / (input_scale * 2.0**30))
+    smallest = float(np.finfo(np.float32).tiny) * 2.0**24 / min(input_scale, 1.0)
+    return np.asarray(np.where(scales < smallest, max(smallest, 1e-8), scales).astype(np.float32))

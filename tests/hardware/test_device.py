@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from automl_compress.errors import DeviceError
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.profile import DeviceProfile
+from tests.hardware.simulated import SimulatedRuntime, chain
+
+
+class Scripted(SimulatedRuntime):
+    """Answers from a list; an exception in it is raised."""
+
+    def __init__(self, *answers: Any) -> None:
+        super().__init__({})
+        self.answers = list(answers)
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        pass
+
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+
+def asking(profile: DeviceProfile, *answers: Any) -> tuple[Device, Scripted]:
+    channel = Scripted(*answers)
+    return Device(profile, launch=lambda settings: channel), channel
+
+
+FAILURES = {
+    "died": (None, "ended during 'facts': closed"),
+    "hung": (TimeoutError(), "hung"),
+    "refused": ({"ok": False, "error": "onnxruntime is not installed"}, "onnxruntime is not installed"),
+    "garbage": (ValueError("no JSON"), "unreadable answer"),
+    "incomplete": ({"ok": True}, "without 'onnxruntime'"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_whatever_goes_wrong_in_the_process_is_one_line(profile: DeviceProfile, name: str) -> None:
+    answer, expected = FAILURES[name]
+    device, channel = asking(profile, answer)
+    with pytest.raises(DeviceError, match=expected) as caught:
+        device.facts()
+    assert "\n" not in str(caught.value)
+    assert channel.closed == (name != "refused")
+
+
+def test_an_interrupted_request_ends_the_process_so_that_no_late_answer_is_taken_for_another(
+    profile: DeviceProfile,
+) -> None:
+    device, channel = asking(profile, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        device.facts()
+    assert channel.closed
+
+
+def test_signs_of_life_are_not_answers(profile: DeviceProfile) -> None:
+    device, _ = asking(profile, {"progress": "1"}, {"progress": "2"}, {"ok": True, "onnxruntime": "9.9"})
+    assert device.facts().onnxruntime == "9.9"
+
+
+def test_the_process_knows_the_profile_and_starts_when_it_is_needed(profile: DeviceProfile) -> None:
+    launched: list[Mapping[str, Any]] = []
+
+    def launch(settings: Mapping[str, Any]) -> SimulatedRuntime:
+        launched.append(settings)
+        return SimulatedRuntime(settings)
+
+    with Device(profile, launch=launch) as device:
+        assert not launched
+        device.facts()
+        device.facts()
+    assert len(launched) == 1
+    assert launched[0]["threads"] == profile.threads
+    assert launched[0]["burst_runs"] == 30
+
+
+def test_compared_models_have_aligned_bursts(device: Device) -> None:
+    with device.saved(chain(4, 8)) as small, device.saved(chain(4, 80)) as large:
+        timings = device.compare({"small": small, "large": large}, bursts=4)
+    assert [len(t.values_us) for t in timings.values()] == [4, 4]
+    assert timings["small"].median_us < timings["large"].median_us
+    assert device.compare({}) == {}
+
+
+def test_memory_is_above_that_of_an_empty_model_which_is_measured_once(device: Device) -> None:
+    model = chain(64, 64)
+    with device.saved(model) as path:
+        assert device.memory_bytes(path) == 1_000_000 + 3 * model.ByteSize()
+        asked = device.requests["memory"]
+        device.memory_bytes(path)
+    assert device.requests["memory"] < 2 * asked
+
+
+def test_temporary_files_are_gone_after_use(device: Device) -> None:
+    with device.saved(chain(4, 8)) as path:
+        folder = path.parent
+        assert path.is_file()
+    assert not path.exists()
+    device.close()
+    assert not folder.exists()
+
+
+def test_only_one_measurement_at_a_time(profile: DeviceProfile, tmp_path: Path) -> None:
+    inside, most = 0, 0
+    guard = threading.Lock()
+
+    class Watching(SimulatedRuntime):
+        def compare(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
+            nonlocal inside, most
+            with guard:
+                inside += 1
+                most = max(most, inside)
+            answer = super().compare(request, slowness)
+            with guard:
+                inside -= 1
+            return answer
+
+    def measure() -> None:
+        with Device(DeviceProfile(profile.path), launch=Watching) as device, device.saved(chain(4, 8)) as path:
+            for _ in range(5):
+                device.compare({"a": path})
+
+    threads = [threading.Thread(target=measure) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1

@@ -1,0 +1,171 @@
+"""The real measuring process on tiny models: what it answers, and that it never outlives its purpose.
+
+No times are judged.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from automl_compress.errors import DeviceError
+from automl_compress.hardware.cost import CostModel
+from automl_compress.hardware.device import PROBE, Device, ProcessChannel
+from automl_compress.hardware.measure import measure_variants
+from automl_compress.hardware.probe import executed_nodes, last_line
+from automl_compress.hardware.profile import load_profile
+from tests.hardware.simulated import chain
+from tests.hardware.test_kernels import residual
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Device]:
+    """This machine."""
+    with Device(load_profile("local", home=tmp_path)) as device:
+        yield device
+
+
+def test_real_models_are_traced_compared_weighed_and_predicted(here: Device) -> None:
+    variants = [residual(), chain(8, 16, 4), chain(8, 4, 4)]
+    filled = measure_variants(here, variants, memories=1)
+    assert filled.models == 3
+    assert filled.memories == 1
+    assert not here.profile.warnings
+    assert measure_variants(here, variants, memories=1).requests == 0
+    kernels = here.lowered(variants[0]).kernels
+    assert [k.layer for k in kernels if k.role == "layer"] == ["block.conv1", "block.conv2"]
+    assert all("w float[" in k.key and "k3x3" in k.key for k in kernels if k.role == "layer")
+    cost = CostModel(here.profile, here).predict(variants[1])
+    assert cost.latency_us > 0
+    assert cost.memory_bytes > 0
+    assert cost.size_bytes == variants[1].ByteSize()
+    with here.saved(variants[0]) as path:
+        assert {len(t.values_us) for t in here.compare({"a": path, "b": path}, bursts=2).values()} == {2}
+    assert here.facts().onnxruntime == here.profile.header.runtime.version
+
+
+def test_what_the_runtime_refuses_is_one_line_and_the_process_goes_on(here: Device, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    for path, expected in ((tmp_path / "bad.onnx", "PROTOBUF|Protobuf"), (tmp_path / "none.onnx", "no such model")):
+        for ask in (lambda p: here.compare({"a": p}), here.lower):
+            with pytest.raises(DeviceError, match=expected) as caught:
+                ask(path)
+            assert "\n" not in str(caught.value)
+    assert here.facts()
+
+
+def test_a_process_that_dies_is_reported_with_its_last_words(here: Device, tmp_path: Path) -> None:
+    program = tmp_path / "dies.py"
+    program.write_text("import sys; sys.stdin.readline(); sys.exit('out of luck')")
+    device = Device(here.profile, launch=lambda settings: ProcessChannel(settings, program=program))
+    with pytest.raises(DeviceError, match=r"ended during 'facts': out of luck"):
+        device.facts()
+
+
+def test_a_process_that_hangs_is_ended(here: Device, tmp_path: Path) -> None:
+    program = tmp_path / "hangs.py"
+    program.write_text("import time; time.sleep(600)")
+    channels = []
+
+    def launch(settings: object) -> ProcessChannel:
+        channels.append(ProcessChannel({}, program=program))
+        return channels[0]
+
+    with pytest.raises(DeviceError, match="hung"):
+        Device(here.profile, launch=launch, silence_s=0.1).facts()
+    assert channels[0]._process.poll() is not None
+
+
+def test_without_the_runtime_the_answer_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError(name='onnxruntime')")
+    code = f"import sys, json; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(0, {str(PROBE.parent)!r})\n" + (
+        "import probe; print(json.dumps(probe.answer({'do': 'facts'}, {}, print)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install onnxruntime" in json.loads(done.stdout)["error"]
+
+
+def test_the_process_ends_when_its_input_does() -> None:
+    settings = {"threads": 1, "provider": "CPUExecutionProvider"}
+    command = [sys.executable, str(PROBE), "serve", json.dumps(settings)]
+    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0
+    assert done.stdout == ""
+
+
+MEASURER = """
+import sys, threading
+from pathlib import Path
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.profile import load_profile
+
+with Device(load_profile("local", home=Path(sys.argv[1]))) as device:
+    device.facts()
+    print(device._channel.pid, flush=True)
+    device.compare({"a": Path(sys.argv[2])}, bursts=10_000_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_however_the_program_ends_in_the_middle_of_a_measurement_the_process_ends_too(
+    tmp_path: Path, sent: str
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(chain(8, 16, 4).SerializeToString())
+    command = [sys.executable, "-c", MEASURER, str(tmp_path), str(tmp_path / "model.onnx")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as program:
+        assert program.stdout is not None
+        measuring = int(program.stdout.readline())
+        program.send_signal(getattr(signal, sent))
+        assert program.wait(timeout=30) != 0
+    deadline = time.monotonic() + 30
+    while _alive(measuring) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _alive(measuring)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_closing_leaves_no_process_behind(here: Device) -> None:
+    here.facts()
+    channel = here._channel
+    assert isinstance(channel, ProcessChannel)
+    assert channel._process.poll() is None
+    here.close()
+    assert channel._process.poll() is not None
+
+
+def test_events_of_one_node_are_gathered_in_order_of_execution() -> None:
+    def event(name: str, us: int, index: str) -> dict[str, object]:
+        args = {
+            "op_name": "Conv",
+            "node_index": index,
+            "input_type_shape": [{"float": [1, 3]}],
+            "output_type_shape": [],
+        }
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": us, "args": args}
+
+    events = [event("b", 1, "7"), event("a", 2, "3"), {"cat": "Session", "name": "x"}, event("b", 3, "7")]
+    nodes = executed_nodes(events)
+    assert [(n["name"], n["us"], n["inputs"]) for n in nodes] == [
+        ("b", [1, 3], ["float[1,3]"]),
+        ("a", [2], ["float[1,3]"]),
+    ]
+
+
+def test_the_last_words_are_the_last_line_that_says_something() -> None:
+    assert last_line("Traceback\n  x\nError: no\n\n") == "Error: no"
+    assert last_line("") == ""

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import optuna
+import pytest
+
+from automl_compress.core.budget import Budget, Cost
+from automl_compress.core.graph import Graph
+from automl_compress.core.plan import Plan
+from automl_compress.errors import InputError
+from automl_compress.search.decode import Decoder, additive_loss, options_in_force
+from automl_compress.search.learn import Observation, corrected
+from automl_compress.search.sampler import BudgetSampler, make_sampler
+from automl_compress.search.space import SearchSpace
+from automl_compress.search.study import Objective, best_feasible, run_trials, seed_plans
+from automl_compress.search.table import AdditiveTable
+from tests.search.networks import additive_cost, residual, space_of, table_for
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+class Bench:
+    """A network with a table, a device on which all takes longer than the table says, and hidden true losses."""
+
+    def __init__(self, *, share: float = 0.45, wrong: float = 0.0, metrics: str = "latency size") -> None:
+        self.graph: Graph = residual(blocks=3)
+        self.space: SearchSpace = space_of(self.graph)
+        self.table: AdditiveTable = table_for(self.space, self.graph, 5)
+        rng = np.random.default_rng(1)
+        self.truth = {k: v * float(np.exp(rng.normal(0, wrong))) for k, v in self.table.quality.items()}
+        self.overhead = 1.2
+        whole = self.predict(Plan())
+        self.budget = Budget(limits={m: whole.of(m) * share for m in metrics.split()})
+
+    def predict(self, plan: Plan) -> Cost:
+        # Mixed precision costs more than the table's sums say, as on a real device.
+        borders = len({plan.layer_bits(layer.name) for layer in self.graph.layers}) - 1
+        return additive_cost(self.table, self.graph, plan, overhead=self.overhead + 0.1 * borders)
+
+    def metric(self, plan: Plan) -> float:
+        return 1.0 - 0.01 * additive_loss(self.space, plan, self.truth)
+
+    def sampler(self, seed: int = 0, predict: Callable[[Plan], Cost] | None = None) -> BudgetSampler:
+        decoder = Decoder(self.space, self.graph, self.table)
+        return BudgetSampler(
+            space=self.space, decoder=decoder, limits=self.budget, predict=predict or self.predict, seed=seed
+        )
+
+    def objective(self) -> Objective:
+        return Objective(space=self.space, budget=self.budget, predict=self.predict, evaluate=self.metric)
+
+    def run(self, n: int, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        run_trials(study, self.objective(), n)
+        return study
+
+
+@pytest.mark.parametrize("metrics", ["latency", "size", "latency size", "latency memory", "memory"])
+def test_every_proposal_meets_the_budget_and_none_is_made_twice(metrics: str) -> None:
+    bench = Bench(metrics=metrics)
+    study = bench.run(25, bench.sampler())
+    plans = [bench.space.plan(t.params) for t in study.trials]
+    assert all(bench.budget.met(bench.predict(plan)) for plan in plans)
+    assert len({bench.space.plan_key(plan) for plan in plans}) == len(plans)
+    assert all(set(t.constraints) == set(bench.budget.limits) for t in study.trials)
+
+
+def test_proposals_use_what_the_budget_allows() -> None:
+    bench = Bench(metrics="latency")
+    study = bench.run(15, bench.sampler())
+    used = [bench.predict(bench.space.plan(t.params)).latency_us / bench.budget.limits["latency"] for t in study.trials]
+    assert float(np.median(used)) > 0.9
+
+
+def test_a_seed_decides_everything() -> None:
+    bench = Bench()
+    one, same, other = (bench.run(12, bench.sampler(seed)) for seed in (3, 3, 4))
+    assert [t.params for t in one.trials] == [t.params for t in same.trials]
+    assert [t.params for t in one.trials] != [t.params for t in other.trials]
+
+
+def test_a_new_sampler_goes_on_as_the_old_one_would_have() -> None:
+    bench = Bench()
+    whole = bench.run(12, bench.sampler())
+    study = bench.run(6, bench.sampler())
+    study.sampler = bench.sampler()
+    run_trials(study, bench.objective(), 12)
+    assert [t.params for t in study.trials] == [t.params for t in whole.trials]
+
+
+def test_it_beats_the_table_where_the_table_is_wrong_and_random_search() -> None:
+    bench = Bench(wrong=0.8)
+    decoder = Decoder(bench.space, bench.graph, bench.table)
+    scaled = {m: v / (bench.overhead + 0.1) for m, v in bench.budget.limits.items()}
+    milp = decoder.solve(bench.table.quality, scaled)
+    assert milp is not None
+    found = best_feasible(bench.run(40, bench.sampler()))
+    assert found is not None
+    assert found.value is not None
+    assert found.value > bench.metric(milp.plan)
+    by_chance = best_feasible(bench.run(40, optuna.samplers.RandomSampler(seed=0)))
+    assert by_chance is None or found.value > (by_chance.value or 0.0)
+
+
+def test_a_space_that_is_used_up_ends_the_search() -> None:
+    bench = Bench()
+    bench.graph = residual(blocks=0, size=4, stem=2)
+    bench.space = space_of(bench.graph, sparsity=[0.5], width=[1.0])
+    bench.table = table_for(bench.space, bench.graph)
+    bench.budget = Budget(limits={"latency": bench.predict(Plan()).latency_us * 2})
+    study = optuna.create_study(direction="maximize", sampler=bench.sampler())
+    assert run_trials(study, bench.objective(), 500, repeats=2) == "exhausted"
+    new = [t for t in study.trials if "repeat_of" not in t.user_attrs]
+    assert len(new) == 2 ** len(bench.space.decisions)
+
+
+def test_where_nothing_fits_the_nearest_plan_is_proposed_and_not_evaluated() -> None:
+    bench = Bench(share=0.001)
+    study = bench.run(3, bench.sampler())
+    assert all(t.state == optuna.trial.TrialState.PRUNED for t in study.trials)
+    assert best_feasible(study) is None
+
+
+def test_seeds_come_first_and_are_learned_from() -> None:
+    bench = Bench()
+    study = optuna.create_study(direction="maximize", sampler=bench.sampler())
+    halved = bench.space.plan({"width": 0.5})
+    assert seed_plans(study, bench.space, {"original": Plan(), "width-0.5": halved, "odd": Plan(width=0.3)}) == ("odd",)
+    assert seed_plans(study, bench.space, {"original": Plan(), "width-0.5": halved}) == ()
+    run_trials(study, bench.objective(), 5)
+    assert [t.user_attrs.get("label") for t in study.trials[:3]] == ["original", "width-0.5", None]
+    assert bench.space.plan(study.trials[1].params).key == halved.key
+
+
+def test_learning_moves_an_estimate_that_is_wrong() -> None:
+    bench = Bench()
+    quality = dict.fromkeys(bench.table.quality, 1.0)
+    truth = {**quality, ("drop.b1", True): 6.0}
+    rng = np.random.default_rng(0)
+    observed = []
+    for _ in range(40):
+        plan = bench.space.plan({d.name: d.options[int(rng.integers(len(d.options)))] for d in bench.space.decisions})
+        observed.append(
+            Observation(options=options_in_force(bench.space, plan), loss=0.1 * additive_loss(bench.space, plan, truth))
+        )
+    learned = corrected(quality, observed)
+    others = [v for k, v in learned.items() if k[0].startswith("drop") and k != ("drop.b1", True)]
+    assert learned["drop.b1", True] > 2 * max(others)
+    assert corrected(quality, observed[:3]) == quality
+
+
+def test_losses_that_are_all_zero_teach_nothing() -> None:
+    quality = {("bits.a", 8): 1.0, ("bits.b", 8): 2.0}
+    observed = [Observation(options=(("bits.a", 8),), loss=0.0)] * 5
+    assert corrected(quality, observed) == quality
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
+def test_samplers_of_optuna_run_with_the_same_constraints(name: str) -> None:
+    bench = Bench()
+    decoder = Decoder(bench.space, bench.graph, bench.table)
+    sampler = make_sampler(
+        name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0
+    )
+    study = bench.run(8, sampler)
+    assert all(list(t.constraints) == ["latency", "size"] for t in study.trials)
+
+
+@pytest.mark.parametrize(("name", "message"), [("cmaes", "can't choose among options"), ("best", "use one of budget")])
+def test_an_unknown_sampler_is_an_error(name: str, message: str) -> None:
+    bench = Bench()
+    decoder = Decoder(bench.space, bench.graph, bench.table)
+    with pytest.raises(InputError, match=message):
+        make_sampler(name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)

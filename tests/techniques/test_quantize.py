@@ -1,0 +1,367 @@
+"""Quantization of graphs that are small enough to be written down: what runs in integers, and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from automl_compress.errors import InputError, PlanError
+from automl_compress.techniques.qdq import place, scale_and_zero_point, weight_scales
+from automl_compress.techniques.quantize import activation_tensors, calibrate, quantize
+from automl_compress.techniques.ranges import RangeObserver
+
+Executed = Callable[[onnx.ModelProto], list[str]]
+CHANNELS = 8
+INPUT = (CHANNELS, 8, 8)
+
+
+class Builder:
+    """Writes a chain of nodes; every method returns the name of the value that it made."""
+
+    def __init__(self, shape: tuple[int, ...] = INPUT) -> None:
+        self.random = np.random.default_rng(0)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.shape = shape
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def node(self, operator: str, *inputs: str, name: str = "", output: str = "", **attributes: object) -> str:
+        output = output or f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=name or f"n_{output}", **attributes))
+        return output
+
+    def conv(self, source: str, name: str, out: int = CHANNELS, into: int = CHANNELS, group: int = 1) -> str:
+        weight = self.random.normal(size=(out, into // group, 3, 3)).astype(np.float32) / 5
+        names = [self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", self._bias(out))]
+        return self.node("Conv", source, *names, name=name, pads=[1, 1, 1, 1], group=group)
+
+    def gemm(self, source: str, name: str, into: int, out: int = 4) -> str:
+        weight = self.random.normal(size=(out, into)).astype(np.float32) / 5
+        names = [self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", self._bias(out))]
+        return self.node("Gemm", source, *names, name=name, transB=1)
+
+    def matmul(self, source: str, name: str, into: int, out: int) -> str:
+        weight = self.random.normal(size=(into, out)).astype(np.float32) / 5
+        product = self.node("MatMul", source, self.constant(f"{name}.weight", weight), name=name)
+        return self.node("Add", product, self.constant(f"{name}.bias", self._bias(out)))
+
+    def ints(self, name: str, *values: int) -> str:
+        return self.constant(name, np.array(values, np.int64))
+
+    def _bias(self, size: int) -> np.ndarray:
+        return self.random.normal(size=size).astype(np.float32)
+
+    def model(self, *outputs: str) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self.nodes,
+            "graph",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *self.shape])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+            self.constants,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+        del model.graph.value_info[:]
+        return model
+
+
+def data(shape: tuple[int, ...] = INPUT, rows: int = 16, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, *shape)).astype(np.float32)
+
+
+def run(model: onnx.ModelProto, x: np.ndarray, optimize: bool = True) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.fixture
+def executed(tmp_path) -> Executed:
+    """Operators of the graph that the runtime executes."""
+
+    def operators(model: onnx.ModelProto) -> list[str]:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+
+    return operators
+
+
+def quantized(model: onnx.ModelProto, bits: dict[str, int], shape: tuple[int, ...] = INPUT) -> onnx.ModelProto:
+    batches = [{"x": data(shape)}, {"x": data(shape, 5, seed=2)}]
+    ranges = calibrate(model, batches, activation_tensors(model, bits), percentile=100)
+    result = quantize(model, bits, ranges)
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+def assert_same(model: onnx.ModelProto, low: onnx.ModelProto, shape: tuple[int, ...] = INPUT) -> None:
+    """Close to the float model, and the optimized kernels close to the graph as written; at several batch sizes."""
+    tolerance = 0.06
+    for rows in (1, 5):
+        x = data(shape, rows, seed=2)
+        wanted, found, written = run(model, x), run(low, x), run(low, x, optimize=False)
+        scale = np.abs(wanted).max()
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max() <= tolerance * scale
+        assert np.abs(found - written).max() <= 0.03 * scale
+
+
+def between_convs(middle: Callable[[Builder, str], str]) -> onnx.ModelProto:
+    b = Builder()
+    inner = middle(b, b.node("Relu", b.conv("x", "a")))
+    return b.model(b.conv(inner, "b"))
+
+
+def _pad(b: Builder, v: str) -> str:
+    return b.node("Pad", v, b.ints("pads", 0, 0, 1, 1, 0, 0, 1, 1))
+
+
+def _slice(b: Builder, v: str) -> str:
+    return b.node("Slice", v, b.ints("s", 0, 0), b.ints("e", 99, 99), b.ints("ax", 2, 3), b.ints("st", 2, 2))
+
+
+def _split(b: Builder, v: str) -> str:
+    b.nodes.append(helper.make_node("Split", [v], ["left", "right"], name="split", axis=1, num_outputs=2))
+    return b.node("Concat", "right", "left", axis=1)
+
+
+STAYS_INTEGER: dict[str, Callable[[Builder, str], str]] = {
+    "add": lambda b, v: b.node("Relu", b.node("Add", b.conv(v, "c"), v)),
+    "mul": lambda b, v: b.node("Mul", b.conv(v, "c"), v),
+    "concat": lambda b, v: _slice_channels(b, b.node("Concat", v, b.conv(v, "c"), axis=1)),
+    "split": _split,
+    "max pool": lambda b, v: b.node("MaxPool", v, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+    "average pool": lambda b, v: b.node("AveragePool", v, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+    "padded average": lambda b, v: b.node("AveragePool", v, kernel_shape=[2] * 2, pads=[1, 1, 0, 0], count_include_pad=1),
+    "pad": _pad,
+    "pad value": lambda b, v: b.node("Pad", v, b.ints("p", 0, 0, 1, 1, 0, 0, 1, 1), b.constant("f", np.float32(0.5))),
+    "reflect": lambda b, v: b.node("Pad", v, b.ints("p", 0, 0, 1, 1, 0, 0, 1, 1), mode="reflect"),
+    "slice": _slice,
+    "option A shortcut": lambda b, v: b.node("Add", b.conv(_pad(b, _slice(b, v)), "c"), _pad2(b, _slice2(b, v))),
+    "transpose": lambda b, v: b.node("Transpose", b.node("Transpose", v, perm=[0, 2, 3, 1]), perm=[0, 3, 2, 1]),
+    "reshape": lambda b, v: b.node("Reshape", v, b.ints("shape", 0, 8, 4, 16)),
+    "pixel shuffle": lambda b, v: b.node("SpaceToDepth", b.node("DepthToSpace", v, blocksize=2), blocksize=2),
+    "relu6": lambda b, v: _clip(b, b.conv(v, "c"), 0),
+    "relu twice used": lambda b, v: _preactivation(b, b.conv(v, "c")),
+    "hard tanh": lambda b, v: _clip(b, b.conv(v, "c"), -1),
+    "leaky relu": lambda b, v: b.node("LeakyRelu", b.conv(v, "c"), alpha=0.1),
+    "depthwise": lambda b, v: b.node("Relu", b.conv(v, "c", group=CHANNELS)),
+}
+
+
+def _clip(b: Builder, v: str, low: float) -> str:
+    return b.node("Clip", v, b.constant("lo", np.float32(low)), b.constant("hi", np.float32(1)))
+
+
+def _pad2(b: Builder, v: str) -> str:
+    return b.node("Pad", v, "pads")
+
+
+def _slice2(b: Builder, v: str) -> str:
+    return b.node("Slice", v, "s", "e", "ax", "st")
+
+
+def _slice_channels(b: Builder, v: str) -> str:
+    return b.node("Slice", v, b.ints("s", 4), b.ints("e", 12), b.ints("ax", 1), b.ints("st", 1))
+
+
+def _preactivation(b: Builder, v: str) -> str:
+    return b.node("Add", b.conv(b.node("Relu", v), "d"), v)
+
+
+@pytest.mark.parametrize("name", STAYS_INTEGER)
+def test_operators_between_int8_layers_stay_in_integers(name: str, executed: Executed) -> None:
+    model = between_convs(STAYS_INTEGER[name])
+    low = quantized(model, dict.fromkeys("abcd", 8))
+    assert_same(model, low)
+    operators = executed(low)
+    assert operators.count("QuantizeLinear") == 1, operators
+    assert operators.count("DequantizeLinear") == 1, operators
+    assert not {"Conv", "Relu", "Add", "Mul", "Concat"} & set(operators)
+
+
+def test_every_mixture_of_bits_executes_as_asked(executed: Executed) -> None:
+    b = Builder()
+    v = b.node("Relu", b.conv("x", "a"))
+    w = b.node("Relu", b.node("Add", b.conv(b.node("Relu", b.conv(v, "b")), "c"), v))
+    model = b.model(b.gemm(b.node("Flatten", b.node("GlobalAveragePool", w)), "d", CHANNELS))
+    ranges = calibrate(model, [{"x": data(rows=5, seed=2)}], activation_tensors(model, dict.fromkeys("abcd", 8)), percentile=100)
+    for choice in range(16):
+        bits = {layer: 8 if choice >> index & 1 else 32 for index, layer in enumerate("abcd")}
+        low = quantize(model, bits, ranges)
+        assert_same(model, low)
+        operators = executed(low)
+        assert operators.count("QLinearConv") == sum(bits[layer] == 8 for layer in "abc"), bits
+        assert operators.count("QGemm") == (bits["d"] == 8)
+        assert sum("Conv" in operator for operator in operators) == 3
+
+
+def test_nothing_is_changed_without_int8_layers() -> None:
+    model = between_convs(_pad)
+    assert activation_tensors(model, {"a": 32}) == []
+    assert quantize(model, {"a": 32, "b": 32}, {}) == model
+
+
+def test_layers_of_removed_blocks_are_ignored() -> None:
+    model = between_convs(_pad)
+    low = quantized(model, {"a": 8, "gone.conv": 8})
+    assert_same(model, low)
+
+
+@pytest.mark.parametrize("activation", ["", "Relu", "Sigmoid", "Tanh", "LeakyRelu", "HardSwish", "Gelu", "Softplus"])
+@pytest.mark.parametrize("low_bits", ["ab", "a", "b"])
+def test_linear_layers_run_as_integer_kernels(activation: str, low_bits: str, executed: Executed) -> None:
+    b = Builder((16,))
+    hidden = b.gemm("x", "a", 16, 32)
+    model = b.model(b.gemm(b.node(activation, hidden) if activation else hidden, "b", 32))
+    low = quantized(model, dict.fromkeys(low_bits, 8), (16,))
+    assert_same(model, low, (16,))
+    assert executed(low).count("QGemm") == len(low_bits)
+
+
+def test_products_with_constant_weights_run_as_integer_kernels(executed: Executed) -> None:
+    b = Builder((6, 16))
+    model = b.model(b.matmul(b.node("Gelu", b.matmul("x", "a", 16, 32)), "b", 32, 8))
+    low = quantized(model, {"a": 8, "b": 8}, (6, 16))
+    assert_same(model, low, (6, 16))
+    operators = executed(low)
+    assert "MatMul" not in operators
+    assert sum(operator in ("MatMulIntegerToFloat", "QLinearMatMul") for operator in operators) == 2
+
+
+def test_a_gate_is_quantized_where_its_product_is_needed_in_integers(executed: Executed) -> None:
+    def gated(b: Builder, v: str) -> str:
+        return b.node("Mul", v, b.node("HardSigmoid", b.conv(b.node("GlobalAveragePool", v), "c")))
+
+    model = between_convs(gated)
+    low = quantized(model, {"a": 8, "b": 8, "c": 8})
+    assert_same(model, low)
+    assert "QLinearMul" in executed(low)
+
+
+def test_inner_values_that_are_outputs_keep_their_names_and_are_float() -> None:
+    b = Builder()
+    inner = b.node("Relu", b.conv("x", "a"), output="features")
+    model = b.model(inner, b.conv(b.node("MaxPool", inner, kernel_shape=[2, 2], output="pooled"), "b"), "pooled")
+    low = quantized(model, {"a": 8, "b": 8})
+    assert [value.name for value in low.graph.output] == [value.name for value in model.graph.output]
+    assert_same(model, low)
+
+
+def test_a_shared_weight_is_stored_once_as_integers() -> None:
+    b = Builder()
+    first = b.node("Relu", b.conv("x", "a"))
+    again = b.node("Conv", first, "a.weight", "a.bias", name="a::1", pads=[1, 1, 1, 1])
+    model = b.model(again)
+    low = quantized(model, {"a": 8})
+    assert_same(model, low)
+    integers = [tensor for tensor in low.graph.initializer if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 4]
+    assert len(integers) == 1
+    assert not [tensor for tensor in low.graph.initializer if tensor.name == "a.weight"]
+
+
+def test_channels_without_weights_keep_their_bias() -> None:
+    b = Builder()
+    model = b.model(b.node("Identity", b.conv("x", "a")))
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    weight = numpy_helper.to_array(tensors["a.weight"]).copy()
+    weight[:3] = [[[[0.0]]], [[[1e-30]]], [[[1e-12]]]]
+    tensors["a.weight"].CopyFrom(numpy_helper.from_array(weight, "a.weight"))
+    assert_same(model, quantized(model, {"a": 8}))
+
+
+def test_constant_activations_are_quantized() -> None:
+    b = Builder()
+    zero = b.node("Mul", "x", b.constant("nothing", np.float32(0)))
+    model = b.model(b.conv(zero, "a"))
+    low = quantized(model, {"a": 8})
+    assert np.isfinite(run(low, data())).all()
+    assert_same(model, low)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.5, 2.0), (-3.0, -1.0), (0.0, 0.0), (0.0, 6.0), (-1e-9, 1e-9)])
+def test_zero_is_exact_and_the_range_is_covered(low: float, high: float) -> None:
+    scale, zero = scale_and_zero_point(low, high)
+    assert scale > 0
+    assert np.isfinite(scale)
+    assert (0 - int(zero)) * scale <= min(low, 0) + scale * 0.6
+    assert (255 - int(zero)) * scale >= max(high, 0) - scale * 0.6
+    if low >= 0:
+        assert zero == 0
+
+
+def test_biases_never_overflow() -> None:
+    weight = np.array([[0.0, 0.0], [1e-20, 0], [1.0, -2.0]], np.float32)
+    bias = np.array([5.0, -1e4, 1.0], np.float32)
+    scales = weight_scales(weight, 0, bias, input_scale=1e-3)
+    assert (np.abs(bias / (scales * 1e-3)) < 2**31).all()
+    assert scales[2] == pytest.approx(2 / 127)
+
+
+def test_calibration_sees_all_batches_whatever_their_size() -> None:
+    model = between_convs(_pad)
+    names = activation_tensors(model, {"a": 8, "b": 8})
+    x = data(rows=70)
+    whole = calibrate(model, [{"x": x}], names, percentile=100)
+    parts = calibrate(model, ({"x": part} for part in np.array_split(x, 9)), names, percentile=100)
+    assert whole == parts
+    assert whole["x"] == (x.min(), x.max())
+
+
+def test_percentiles_come_from_all_values() -> None:
+    observer, values = RangeObserver(99.0), np.random.default_rng(0).normal(size=50_000)
+    for part in np.array_split(values, 7):
+        observer.update(part)
+    observer.update(np.array([1000.0, -300.0]))
+    low, high = observer.range()
+    assert low == pytest.approx(np.percentile(values, 0.5), abs=1.0)
+    assert high == pytest.approx(np.percentile(values, 99.5), abs=1.0)
+    assert RangeObserver(99.0).range() == (float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named(bad: float) -> None:
+    x = data()
+    x[3, 0, 0, 0] = bad
+    model = between_convs(_pad)
+    with pytest.raises(InputError, match="'x' is NaN or infinite"):
+        calibrate(model, [{"x": x}], activation_tensors(model, {"a": 8}))
+
+
+def test_calibration_without_samples_is_refused() -> None:
+    def nothing() -> Iterator[dict[str, np.ndarray]]:
+        yield from ()
+
+    with pytest.raises(InputError, match="no samples"):
+        calibrate(between_convs(_pad), nothing(), ["x"])
+
+
+def test_unsupported_bits_and_missing_ranges_are_refused() -> None:
+    model = between_convs(_pad)
+    with pytest.raises(PlanError, match="4 bits"):
+        activation_tensors(model, {"a": 4})
+    with pytest.raises(InputError, match="no range"):
+        quantize(model, {"a": 8}, {"x": (0.0, 1.0)})
+
+
+def test_placement_of_fewer_layers_is_contained_in_that_of_more() -> None:
+    model = between_convs(STAYS_INTEGER["option A shortcut"])
+    everything = set(activation_tensors(model, dict.fromkeys("abc", 8)))
+    for choice in range(8):
+        bits = {layer: 8 if choice >> index & 1 else 32 for index, layer in enumerate("abc")}
+        assert set(place(model, bits).roots) <= everything

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from automl_compress.cli import main, parse_seconds
+from automl_compress.core.result import Figures, Result
+from automl_compress.errors import InfeasibleError, InputError, TaskError, TrainingError
+from automl_compress.progress import Progress, SilentProgress
+
+ORIGINAL = Figures(metric=0.92, latency_us=750.0, size_bytes=1_100_000, memory_bytes=5_200_000)
+DELIVERED = Figures(metric=0.91, latency_us=290.0, size_bytes=300_000, memory_bytes=3_000_000, latency_ratio=0.387)
+MET = Result(status="met", budget={"latency": 300.0}, original=ORIGINAL, delivered=DELIVERED)
+INFEASIBLE = Result(
+    status="infeasible",
+    budget={"latency": 30.0},
+    original=ORIGINAL,
+    nearest={"latency": 120.0},
+    binding=("conv1", "fc"),
+)
+SEARCH = ["search", "task.py", "--latency", "40%"]
+
+
+class FakeApi:
+    """Stands in for `automl_compress.api`: keeps what it was called with, then does what the test says."""
+
+    def __init__(self, outcome: Any = MET) -> None:
+        self.outcome = outcome
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def _answer(self, name: str, *args: Any, **options: Any) -> Any:
+        self.calls.append((name, args, options))
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome() if callable(self.outcome) else self.outcome
+
+    def compress(self, task: str, **options: Any) -> Any:
+        return self._answer("compress", task, **options)
+
+    def work(self, task: str, **options: Any) -> Any:
+        return self._answer("work", task, **options)
+
+    def replay(self, run: Path, task: str, **options: Any) -> Any:
+        return self._answer("replay", run, task, **options)
+
+
+def test_search_passes_every_option_on() -> None:
+    api = FakeApi()
+    line = (
+        "search a/task.py:make --latency 40% --size 300KB --memory 2MB -o out --profile p --space s --trials 7 "
+        "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --weights w.pt --storage sqlite:///x.db --quiet"
+    )
+    assert main(line.split(), api=api) == 0
+    [(name, args, options)] = api.calls
+    assert (name, args) == ("compress", ("a/task.py:make",))
+    assert isinstance(options.pop("progress"), SilentProgress)
+    assert options == {
+        "latency": "40%",
+        "size": "300KB",
+        "memory": "2MB",
+        "output": Path("out"),
+        "profile": "p",
+        "space": "s",
+        "trials": 7,
+        "epochs": 2,
+        "timeout": 1800.0,
+        "seed": 3,
+        "sampler": "TPESampler",
+        "weights": Path("w.pt"),
+        "storage": "sqlite:///x.db",
+    }
+
+
+def test_defaults() -> None:
+    api = FakeApi()
+    main(SEARCH, api=api)
+    [(_, _, options)] = api.calls
+    assert isinstance(options.pop("progress"), Progress)
+    given = {name: value for name, value in options.items() if value is not None}
+    assert given == {"latency": "40%", "profile": "local", "space": "cnn", "seed": 0, "sampler": "budget"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (MET, 0),
+        (INFEASIBLE, 3),
+        (Result(status="interrupted", budget={}, original=None), 130),
+        (TrainingError("the loss is NaN"), 1),
+        (TaskError("no such file"), 2),
+        (InfeasibleError("too tight"), 3),
+        (KeyboardInterrupt(), 130),
+        (ValueError("a defect"), 1),
+        (SystemExit(7), 1),
+        (MemoryError(), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2),
+    ],
+)
+def test_exit_codes(outcome: Any, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(SEARCH, api=FakeApi(outcome)) == code
+    captured = capsys.readouterr()
+    speaks_itself = isinstance(outcome, Result) and outcome.status != "infeasible"
+    assert len(captured.err.splitlines()) == (0 if speaks_itself else 1)
+    assert "Traceback" not in captured.err
+
+
+def test_infeasible_names_the_nearest_budget_and_what_binds(capsys: pytest.CaptureFixture[str]) -> None:
+    error = InfeasibleError("nothing fits", nearest={"latency": 120.0}, binding=("conv1", "fc"))
+    for outcome in (error, INFEASIBLE):
+        main(SEARCH, api=FakeApi(outcome))
+        assert "nearest reachable: latency 120 us; most of it is taken by conv1, fc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("latency", ["-5ms", "0", "0ms", "40 parsecs", "nonsense", "", "--size"])
+def test_bad_budgets_are_one_line_before_anything_begins(latency: str, capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    assert main(["search", "task.py", "--latency", latency], api=api) == 2
+    assert not api.calls
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --latency {latency!r}")
+    assert "0.8ms, 350us or 40%" in line
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "Missing command"),
+        ("serach t.py", "serach"),
+        ("search", "Missing argument"),
+        ("search t.py --latncy 40%", "--latency"),
+        ("search t.py --trials many", "--trials"),
+        ("search t.py --trials 0", "--trials"),
+        ("search t.py --latency", "requires an argument"),
+        ("search t.py", "no budget given"),
+        ("search t.py --latency 40% --timeout soon", "--timeout 'soon'"),
+        ("worker t.py --latency 40%", "--storage"),
+        ("show", "Missing argument"),
+        ("show /no/such/run", "no such run folder"),
+    ],
+)
+def test_usage_errors_are_one_line(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split(), api=FakeApi()) == 2
+    captured = capsys.readouterr()
+    [told] = captured.err.splitlines()
+    assert told.startswith("error: ")
+    assert said in told
+    assert captured.out == ""
+
+
+def test_json_is_alone_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    def chatty() -> Result:
+        print("printed by the task")
+        os.write(1, b"written by a C library\n")
+        return MET
+
+    assert main([*SEARCH, "--json"], api=FakeApi(chatty)) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == json.loads(json.dumps(MET.to_json()))
+    assert "printed by the task" in captured.err
+    assert "written by a C library" in captured.err
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_the_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*SEARCH, "-o", str(tmp_path)]
+    assert main(line, api=FakeApi(RuntimeError("two\nlines"))) == 1
+    [told] = capsys.readouterr().err.splitlines()
+    assert "unexpected RuntimeError: two lines" in told
+    assert str(tmp_path / "error.log") in told
+    assert "Traceback" in (tmp_path / "error.log").read_text()
+    main([*line, "--debug"], api=FakeApi(RuntimeError("again")))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_worker_prints_what_it_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi({"complete": 3, "failed": 1})
+    line = ["worker", "task.py", "--latency", "40%", "--storage", "journal.log"]
+    assert main(line, api=api) == 0
+    assert api.calls[0][0] == "work"
+    assert api.calls[0][2]["storage"] == "journal.log"
+    assert "3 complete, 1 failed" in capsys.readouterr().out
+    main([*line, "--json"], api=api)
+    assert json.loads(capsys.readouterr().out) == {"complete": 3, "failed": 1}
+
+
+def test_replay_prints_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi(Path("runs/x/best.onnx"))
+    assert main(["replay", "runs/x", "task.py", "-o", "again"], api=api) == 0
+    [(name, args, options)] = api.calls
+    assert (name, args, options["output"]) == ("replay", (Path("runs/x"), "task.py"), Path("again"))
+    assert capsys.readouterr().out == f"{Path('runs/x/best.onnx')}\n"
+
+
+def test_show_prints_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(MET.to_json()))
+    assert main(["show", str(tmp_path)]) == 0
+    assert "measured 290 us: met" in capsys.readouterr().out
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "met"
+
+
+@pytest.mark.parametrize("command", ["", "search", "worker", "show", "replay"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), flag]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Usage: automl-compress")
+    assert captured.err == ""
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("automl-compress 0.")
+
+
+def test_sigterm_ends_a_run_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(SEARCH, api=FakeApi(lambda: os.kill(os.getpid(), signal.SIGTERM))) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(MET.to_json()))
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "automl_compress", "show", str(tmp_path)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: no space left on device\n")
+
+
+def test_a_reader_that_goes_away_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(MET.to_json()))
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "automl_compress", "show", str(tmp_path)],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("2d", 172800), (" .5 m ", 30)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "-30m", "0s", "1e3s", "nan s", "3 weeks"])
+def test_other_durations_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="90s, 30m or 2h"):
+        parse_seconds(text)
