@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -44,11 +44,17 @@ class BatchNormPair:
         return self.weight in names and self.folded_bias in names and not own & names
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers under every name that they have."""
+    buffers, parameters = model.named_buffers(remove_duplicate=False), model.named_parameters(remove_duplicate=False)
+    return {**dict(buffers), **dict(parameters)}
+
+
 def batch_norm_pairs(model: nn.Module, program: ExportedProgram) -> tuple[BatchNormPair, ...]:
     """All pairs whose two operators are directly connected and each used once. Both must hold `model`'s tensors."""
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    known = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    known = named_tensors(model)
     pairs = []
     for node in program.graph.nodes:
         layer = node.args[0] if _operator(node) in _BATCH_NORMS else None
@@ -96,7 +102,7 @@ def folded_tensors(model: nn.Module, pairs: Iterable[BatchNormPair]) -> dict[str
 
     W' = W * g / sqrt(v + eps) per output channel, b' = (b - m) * g / sqrt(v + eps) + s.
     """
-    named = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+    named = named_tensors(model)
     result: dict[str, np.ndarray] = {}
     with torch.no_grad():
         for pair in pairs:

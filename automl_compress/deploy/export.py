@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
-from automl_compress.deploy.batch_norm import BatchNormPair, batch_norm_pairs, folded_tensors
+from automl_compress.deploy.batch_norm import BatchNormPair, batch_norm_pairs, folded_tensors, named_tensors
 from automl_compress.deploy.normalise import drop_additions, find_additions, normalise, rename_initializer
 from automl_compress.deploy.runtime import first_line
 from automl_compress.deploy.verify import check_float
@@ -82,7 +82,7 @@ class Template:
     def fill(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
         """The ONNX model of `model`, which is the original after the plan's channels and blocks were removed.
 
-        Checked against PyTorch wherever the plan touches a group or block that no checked plan has touched before; if it
+        Checked against PyTorch where the plan touches a group or block that no checked plan has touched before; if it
         differs, the model is exported by itself. Raises ExportError if that fails as well.
         """
         touched = _touched(self.graph, plan)
@@ -196,8 +196,8 @@ def _muted() -> Iterator[None]:
 def _distinct_copy(model: nn.Module) -> nn.Module:
     """A copy whose parameters and statistics all differ a little from the original's and from each other.
 
-    The exporter stores equal values once: with a fresh network's ones and zeros, parameters that happen to agree now would
-    share an initializer and could not be filled in separately.
+    The exporter stores equal values once: parameters that happen to agree now, like a fresh network's ones and zeros,
+    would share an initializer and could not be filled in separately.
     """
     result = copy_model(model).cpu().float().eval()
     generator = torch.Generator().manual_seed(0)
@@ -212,8 +212,7 @@ def _distinct_copy(model: nn.Module) -> nn.Module:
 
 def _tensors(model: nn.Module, pairs: tuple[BatchNormPair, ...]) -> dict[str, np.ndarray]:
     """Parameters and buffers by name, with batch-norms folded where the exporter does it."""
-    named = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
-    values = {name: value.detach().cpu().contiguous().numpy() for name, value in named.items()}
+    values = {name: value.detach().cpu().contiguous().numpy() for name, value in named_tensors(model).items()}
     values = {name: value.astype(np.float32) if value.dtype == np.float64 else value for name, value in values.items()}
     return {**values, **folded_tensors(model, pairs)}
 

@@ -16,7 +16,10 @@ _ERRORS_ONLY = 3
 
 
 class OnnxModel:
-    """A session for one model. `threads` defaults to the machine's processors; `optimize=False` runs the graph as written.
+    """A session for one model.
+
+    threads   defaults to the machine's processors
+    optimize  False runs the graph as it is written, operator by operator
 
     Raises ExportError if ONNX Runtime refuses the model or a run fails.
     """
@@ -33,7 +36,8 @@ class OnnxModel:
     def __call__(self, inputs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         """Outputs for inputs in the graph's order, batch first."""
         if len(inputs) != len(self.inputs):
-            raise ExportError(f"the ONNX model takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), found {len(inputs)}")
+            names = ", ".join(self.inputs)
+            raise ExportError(f"the ONNX model takes {len(self.inputs)} inputs ({names}), found {len(inputs)}")
         try:
             return tuple(self._session.run(None, dict(zip(self.inputs, inputs, strict=True))))
         except Exception as error:

@@ -167,4 +167,3 @@ def _optimized(model: onnx.ModelProto | Path) -> onnx.ModelProto:
         options.optimized_model_filepath = str(path)
         open_session(model, options)
         return onnx.load(path)
-

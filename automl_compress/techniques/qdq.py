@@ -168,7 +168,7 @@ def place(model: onnx.ModelProto, bits: Mapping[str, int]) -> Placement:
 
 
 def _fused_first(node: onnx.NodeProto, view: GraphView) -> bool:
-    """Whether the runtime would merge a Gemm with the float activation behind it before it looks for integer kernels."""
+    """Whether the runtime would merge a Gemm and the activation behind it before it looks for integer kernels."""
     user = view.only_user(node.output[0])
     return node.op_type == "Gemm" and user is not None and user.op_type in _FUSED_INTO_GEMM
 

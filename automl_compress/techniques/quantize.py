@@ -51,9 +51,9 @@ def calibrate(
 ) -> dict[str, tuple[float, float]]:
     """Run the float model over `batches` (input name -> array) and return value -> (low, high).
 
-    `percentile` 100 takes the lowest and highest value seen; below, that percentage of all values lies within. ResNet-20
-    on CIFAR-10 is closest to the float model at the default, and far from it at 99.9. Only a few samples' values are held
-    in memory at a time.
+    `percentile` 100 takes the lowest and highest value seen; below, that percentage of all values lies within.
+    ResNet-20 on CIFAR-10 is closest to the float model at the default, and far from it at 99.9. Only a few samples'
+    values are held in memory at a time.
     Raises InputError if there are no batches or a value is NaN or infinite.
     """
     if not tensors:

@@ -21,7 +21,7 @@ from automl_compress.core.plan import Plan
 
 # A Gram matrix has (input channels x kernel)^2 entries and is inverted once: beyond this, one takes more than 100 MB.
 MAX_COLUMNS = 3456
-_MAX_ROWS = 32768
+_MAX_ROWS = 8192  # a batch
 _DAMPING = 1e-3
 
 
@@ -143,8 +143,6 @@ def _refittable(layer: Layer) -> bool:
 def _collector(layer: Layer, sums: dict[str, Tensor]):  # type: ignore[no-untyped-def]
     def collect(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         rows = _rows(module, arguments[0])
-        if len(rows) > _MAX_ROWS:  # evenly spaced positions say as much as all of them
-            rows = rows[:: -(-len(rows) // _MAX_ROWS)]
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         gram = (rows.T @ rows).double()
         sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
@@ -166,8 +164,12 @@ def _rows(module: nn.Module, source: Tensor) -> Tensor:
             )
             padding = (0, 0)
         unfolded = functional.unfold(source, module.kernel_size, module.dilation, padding, module.stride)
-        return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
-    return source.reshape(-1, source.shape[-1])
+        # Evenly spaced positions of every sample say as much as all of them; an odd step doesn't meet the same columns
+        # of the image in every row.
+        step = -(-unfolded.shape[0] * unfolded.shape[2] // _MAX_ROWS) | 1
+        return unfolded[:, :, ::step].transpose(1, 2).reshape(-1, unfolded.shape[1])
+    rows = source.reshape(-1, source.shape[-1])
+    return rows[:: -(-len(rows) // _MAX_ROWS)]
 
 
 def _matrix(stored: Mapping[str, Tensor], layer: Layer) -> Tensor:

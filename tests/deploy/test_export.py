@@ -108,7 +108,8 @@ def settled(model: nn.Module) -> nn.Module:
 
 class Case:
     def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
-        self.model, self.examples = settled(model), (torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),)
+        self.model = settled(model)
+        self.examples = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),)
         self.graph: Graph = trace(self.model, self.examples)
         self.ranking = Ranking(self.model, self.graph, l1)
         self.template = Template(self.model, self.examples, self.graph)
