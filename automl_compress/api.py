@@ -59,7 +59,8 @@ def compress(
     """Find, train, measure and deliver the best model of `task` within the budgets.
 
     task      a `Task`, or 'path/task.py[:function]' or 'package.module[:function]'
-    latency   '0.8ms', '350us', or '40%' of the original's, measured beside it; `size` and `memory`: '300KB', '2MB', '60%'
+    latency   '0.8ms', '350us', or '40%' of the original's, measured beside it
+    size      of the ONNX file: '300KB', '2MB', '60%'; memory: the peak of a fresh process, written the same way
     profile   device profile by name or file; `space`: search space by name or file
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
     timeout   seconds after which no further trial is begun; part of it is kept for distillation
@@ -135,7 +136,7 @@ def replay(
 ) -> Path:
     """Build a delivered model again from the original, the run's `plan.json` and its weights; returns the ONNX file.
 
-    Ranges of quantized layers are calibrated again on the first training samples. Raises PlanError for another model's plan.
+    Ranges of quantized layers are calibrated again on the first training samples. Raises PlanError for another model's.
     """
     run = Path(run)
     loaded = _load(task, weights)
@@ -147,7 +148,7 @@ def replay(
     bench = Workbench(loaded, graph)
     plan = read_plan(plan_file, bench)
     target = Path(output) if output else run / "replayed.onnx"
-    onnx.save(bench.onnx(rebuild(bench, plan, weights_file), plan), target)
+    onnx.save(bench.export(rebuild(bench, plan, weights_file), plan), target)
     return target
 
 

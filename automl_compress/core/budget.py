@@ -71,10 +71,11 @@ class Budget:
     @classmethod
     def resolve(cls, limits: Mapping[str, Limit], original: Cost) -> Budget:
         """Turn percentages into figures against the original's measured cost."""
-        return cls(limits={m: l.value * (original.of(m) if l.relative else 1.0) for m, l in limits.items()})
+        absolute = {m: limit.value * (original.of(m) if limit.relative else 1.0) for m, limit in limits.items()}
+        return cls(limits=absolute)
 
     def constraints(self, cost: Cost) -> dict[str, float]:
-        """Metric -> cost / budget - 1: zero or less where the budget is met. One entry per budget, always in the same order."""
+        """Metric -> cost / budget - 1: zero or less where the budget is met. One entry per budget, in fixed order."""
         return {m: cost.of(m) / self.limits[m] - 1.0 for m in METRICS if m in self.limits}
 
     def met(self, cost: Cost) -> bool:

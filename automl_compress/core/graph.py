@@ -24,8 +24,8 @@ class Layer:
 
     Shapes are those of one sample with the batch dimension first (batch 1). `macs` counts one multiply-add as one, for
     one sample. `in_groups` and `out_groups` name the channel groups, frozen ones not included, that its input and
-    output channels belong to; `in_axis` and `out_axis` are the weight's dimensions along which these lie (the same one for
-    a depthwise convolution). `blocks` are the removable blocks that contain it.
+    output channels belong to; `in_axis` and `out_axis` are the weight's dimensions along which these lie (the same one
+    for a depthwise convolution). `blocks` are the removable blocks that contain it.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where the channels of a group lie in one parameter or buffer: `positions[c]` are channel c's indices along `dim`."""
+    """Where a group's channels lie in one parameter or buffer: `positions[c]` are channel c's indices along `dim`."""
 
     tensor: str
     dim: int

@@ -130,7 +130,8 @@ class Plan:
             size = graph.group[name].size
             if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= size:
                 raise PlanError(
-                    f"plan: kept channels of {name} must be 1 to {size} ascending indices below {size}, found {list(kept)}"
+                    f"plan: kept channels of {name} must be 1 to {size} ascending indices below {size}, "
+                    f"found {list(kept)}"
                 )
 
 

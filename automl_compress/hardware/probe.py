@@ -209,9 +209,9 @@ def peak_bytes() -> int:
 
 
 def _windows_peak_bytes() -> int:
-    import psutil  # type: ignore[import-untyped, unused-ignore]
+    import psutil
 
-    return int(psutil.Process().memory_info().peak_wset)
+    return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009 (absent from the types elsewhere)
 
 
 def facts(_: dict[str, Any], settings: Settings, __: Say) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Channel groups and removable blocks of an exported model, found by following channel indices through its operators."""
+"""Channel groups and removable blocks of an exported model: channel indices are followed through its operators."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,7 +114,8 @@ class Walk:
         if weight is None:
             return
         bias = self._target(node.args[2]) if len(node.args) > 2 else None
-        groups = int(node.args[6]) if name != "linear" and len(node.args) > 6 else 1  # type: ignore[call-overload]
+        arguments: tuple[Any, ...] = node.args
+        groups = int(arguments[6]) if name != "linear" and len(arguments) > 6 else 1
         self.layers.append(
             LayerUse(
                 name=weight.removesuffix(".weight"),
@@ -132,7 +133,8 @@ class Walk:
         if not isinstance(value, Node) or value.op != "placeholder":
             return None
         signature = self.program.graph_signature
-        return signature.inputs_to_parameters.get(value.name) or signature.inputs_to_buffers.get(value.name)
+        targets: Mapping[str, str] = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
+        return targets.get(value.name)
 
 
 def operator(node: Node) -> str:
@@ -148,7 +150,7 @@ def module_of(node: Node) -> str:
 
 
 def channel_groups(walk: Walk) -> tuple[tuple[ChannelGroup, ...], tuple[Frozen, ...]]:
-    """Partition the channels that may be cut into groups of equal surroundings; name the layers that may not, and why."""
+    """Partition the channels that may be cut into groups of equal surroundings; name the other layers, and why."""
     places = _places(walk)
     families: dict[tuple[tuple[str, int, int], ...], list[int]] = defaultdict(list)
     for root, spots in places.items():
@@ -266,9 +268,10 @@ def _branch(side: Node, addition: Node) -> set[Node]:
     """The nodes that nothing but this side of the addition uses."""
     members: set[Node] = set()
     for node in reversed(list(addition.graph.nodes)):
-        if node.op == "call_function" and node is not addition and node.users:
-            if (node is side and set(node.users) == {addition}) or node.users.keys() <= members:
-                members.add(node)
+        if node.op != "call_function" or node is addition or not node.users:
+            continue
+        if (node is side and set(node.users) == {addition}) or node.users.keys() <= members:
+            members.add(node)
     return members
 
 

@@ -28,7 +28,7 @@ class Channels:
 
     def root(self, ids: Ids) -> Ids:
         """The representative of each channel's class."""
-        roots = self._parent[ids]
+        roots: Ids = self._parent[ids]
         while True:
             above = self._parent[roots]
             if np.array_equal(above, roots):

@@ -286,7 +286,8 @@ def _tie_or_freeze(walk: Walk, known: Ids | None, other: Ids | None, reason: str
 def _operands(node: Node) -> tuple[Node, Node, Node | None]:
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     source, weight = node.args[0], node.args[1]
-    assert isinstance(source, Node) and isinstance(weight, Node)
+    assert isinstance(source, Node)
+    assert isinstance(weight, Node)
     return source, weight, bias if isinstance(bias, Node) else None
 
 
@@ -299,10 +300,10 @@ def _dims(value: Any, rank: int) -> list[int]:
     return [int(dim) % rank for dim in (value if isinstance(value, (list, tuple)) else [value])]
 
 
-_POINTWISE = """relu relu_ gelu silu silu_ hardswish hardswish_ hardsigmoid hardsigmoid_ sigmoid tanh leaky_relu leaky_relu_ elu
-elu_ softplus mish mish_ hardtanh hardtanh_ relu6 relu6_ clamp clamp_ clamp_min abs neg exp sqrt rsqrt square log1p pow reciprocal
-dropout dropout_ feature_dropout alpha_dropout add add_ sub sub_ mul mul_ div div_ maximum minimum where rsub selu celu logsigmoid
-softsign erf sin cos"""
+_POINTWISE = """relu relu_ gelu silu silu_ hardswish hardswish_ hardsigmoid hardsigmoid_ sigmoid tanh leaky_relu
+leaky_relu_ elu elu_ softplus mish mish_ hardtanh hardtanh_ relu6 relu6_ clamp clamp_ clamp_min abs neg exp sqrt rsqrt
+square log1p pow reciprocal dropout dropout_ feature_dropout alpha_dropout add add_ sub sub_ mul mul_ div div_ maximum
+minimum where rsub selu celu logsigmoid softsign erf sin cos"""
 _SAME = "clone contiguous detach alias to _to_copy type_as lift_fresh_copy dropout native_dropout"
 _SPATIAL = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
 adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d upsample_nearest1d"""

@@ -38,8 +38,8 @@ class Task:
     """A trained model with its data; classification with accuracy unless a loss or metric is given.
 
     model           the trained network (the teacher); it is never modified
-    train           training batches: a DataLoader, any re-iterable of (inputs, targets) batches, a map-style Dataset, or
-                    a pair of tensors. Inputs are a tensor or a tuple of tensors, batch dimension first.
+    train           training batches: a DataLoader, any re-iterable of (inputs, targets) batches, a map-style Dataset,
+                    or a pair of tensors. Inputs are a tensor or a tuple of tensors, batch dimension first.
     validation      the same; every decision is taken on it
     test            the same; read once, for the delivered model alone
     loss            loss(outputs, targets) -> scalar tensor; cross-entropy by default
@@ -107,7 +107,10 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
         raise TaskError(f"task: model must be a torch.nn.Module, found {type(task.model).__name__}")
     if weights is not None:
         load_weights(task.model, weights)
-    splits = {"train": _loader(task.train, "train", shuffle=True), "validation": _loader(task.validation, "validation")}
+    splits: dict[str, Any] = {
+        "train": _loader(task.train, "train", shuffle=True),
+        "validation": _loader(task.validation, "validation"),
+    }
     if task.test is not None:
         splits["test"] = _loader(task.test, "test")
     task = replace(task, **splits)

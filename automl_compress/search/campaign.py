@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import onnx
 import optuna
 import optuna.trial
 
@@ -49,8 +48,11 @@ AIM = {"latency": 0.985, "memory": 0.97}
 _REACH = 1.03  # an estimate this far above a limit is not yet proof that the limit can't be met
 _CONFIRM = 8
 _MEMORIES = 8
+_MILP_SCALES = (0.6, 1.4)
+_MILP_STEPS = 7
 _ROUNDS = 4
 STUDY = "one-shot"
+MILP = "milp"
 
 
 def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
 
 @dataclass
 class Campaign:
-    """The state of one search. `limits` are the budgets as written; `budget` is what they come to beside the original."""
+    """The state of one search. `limits` are the budgets as written, `budget` what they come to beside the original."""
 
     bench: Workbench
     space: SearchSpace
@@ -87,6 +89,7 @@ class Campaign:
     table: AdditiveTable = field(init=False)
     _predicted: dict[str, Cost] = field(default_factory=dict)
     _study: optuna.Study | None = None
+    _milp: Plan | None = None
 
     def learn(self) -> None:
         """Everything that comes before the first trial. Raises InfeasibleError if no trial could help."""
@@ -130,7 +133,7 @@ class Campaign:
         """Raise InfeasibleError at once where even the cheapest plan is over a budget."""
         floors = self.floors()
         over = {m: f for m, f in floors.items() if f > self.budget.limits[m] * _REACH}
-        if not over and self._solve({m: l * _REACH for m, l in self._table_limits().items()}) is not None:
+        if not over and self._solve({m: limit * _REACH for m, limit in self._table_limits().items()}) is not None:
             return
         nearest = {m: max(f, self.budget.limits[m]) if m not in over else f for m, f in floors.items()}
         what = ", ".join(
@@ -192,27 +195,38 @@ class Campaign:
                 for width in decision.options:
                     if width != 1.0:
                         result[f"width-{width:g}"] = replace(uniform_bits(self.space, lowest), width=float(width))
-        milp = self.milp()
-        if milp is not None:
-            result["milp"] = milp
+        if self._milp is None:
+            self._milp = self._first_milp()
+        if self._milp.drop or self._milp.bits or self._milp.sparsity or self._milp.width < 1:
+            result[MILP] = self._milp
         return result
+
+    def _first_milp(self) -> Plan:
+        """The table's optimum as it was before any trial; the original where there is none within the budget."""
+        known = self.folder.read_json("milp.json")
+        if known is None:
+            known = (self.milp() or Plan()).to_json(self.bench.graph)
+            self.folder.write_json("milp.json", known)
+        return Plan.from_json(known, self.bench.graph)
 
     def milp(self) -> Plan | None:
         """The exact optimum of the additive table whose predicted cost is within the budget, None if there is none.
 
-        The table's sums are estimates, so the limit is moved until the prediction fits.
+        The table's sums are estimates, so the limit that it is solved for is moved, by bisection, to the loosest whose
+        optimum is still predicted to be within the budget.
         """
-        limits = dict(self._table_limits())
-        for _ in range(_CONFIRM):
-            plan = self._solve(limits)
-            if plan is None:
-                return None
-            cost = self.predict(plan)
-            over = {m: cost.of(m) / l for m, l in self.aim.limits.items() if cost.of(m) > l}
-            if not over:
-                return plan
-            limits = {m: l / over.get(m, 1.0) * (0.998 if m in over else 1.0) for m, l in limits.items()}
-        return None
+        limits, low, high = self._table_limits(), *_MILP_SCALES
+        best: Plan | None = None
+        for _ in range(_MILP_STEPS):
+            scale = (low + high) / 2
+            plan = self._solve({metric: limit * scale for metric, limit in limits.items()})
+            if plan is not None and self.aim.met(self.predict(plan)):
+                best, low = plan, scale
+            elif plan is None:
+                low = scale
+            else:
+                high = scale
+        return best
 
     def finalists(self, trials: int, timeout: float | None = None) -> list[Plan]:
         """The best one-shot plans that were measured on the device and are within the budget, best first.
@@ -283,8 +297,8 @@ class Campaign:
         return candidate
 
     def baselines(self, schedule: Schedule, recovery: Recovery) -> dict[str, Candidate]:
-        """The models that the search has to beat, recovered like its own: uniform quantization and the table's optimum."""
-        plans = {name: plan for name, plan in self.seeds().items() if name.startswith("uniform-") or name == "milp"}
+        """What the search has to beat, recovered like its own finalists: uniform quantization and the table's optimum."""
+        plans = {name: plan for name, plan in self.seeds().items() if name.startswith("uniform-") or name == MILP}
         return {name: self.recover(plan, "full", schedule, recovery) for name, plan in plans.items()}
 
     def within_budget(self, baselines: Mapping[str, Candidate]) -> list[Candidate]:
@@ -293,7 +307,8 @@ class Campaign:
 
     def describe(self, plan: Plan) -> str:
         cost = self.predict(plan)
-        return f"{cost.latency_us / self.original.latency_us:.3f} of the latency, {cost.size_bytes / 1e3:.0f} KB (predicted)"
+        share = cost.latency_us / self.original.latency_us
+        return f"{share:.3f} of the latency, {cost.size_bytes / 1e3:.0f} KB (predicted)"
 
     def predict(self, plan: Plan) -> Cost:
         """The plan's predicted cost; the same plan is lowered once."""
@@ -352,7 +367,10 @@ class Campaign:
     def all_notes(self) -> tuple[str, ...]:
         """What the report has to say about what was left alone, and how far predictions can be trusted."""
         graph = self.bench.graph
-        frozen = [f"{entry.layer}: channels left whole, {entry.reason}" for entry in graph.frozen]
+        reasons: dict[str, list[str]] = {}
+        for entry in graph.frozen:
+            reasons.setdefault(entry.reason, []).append(entry.layer)
+        frozen = [f"channels left whole: {', '.join(layers)}: {reason}" for reason, layers in reasons.items()]
         skipped = [f"not counted in MACs: {name} ({count} times)" for name, count in graph.skipped.items()]
         return (*self.space.notes, *frozen, *skipped, *self.costs.notes(self.bench.original))
 
@@ -372,7 +390,7 @@ class Campaign:
 
     def _table_limits(self) -> dict[str, float]:
         """The limits that the additive table can be held against; memory follows the file's size."""
-        limits = {m: l for m, l in self.aim.limits.items() if m != "memory"}
+        limits = {m: limit for m, limit in self.aim.limits.items() if m != "memory"}
         if "memory" in self.aim.limits:
             share = self.aim.limits["memory"] / max(self.original.memory_bytes, 1.0)
             limits["size"] = min(limits.get("size", float("inf")), share * self.original.size_bytes)

@@ -20,7 +20,7 @@ from automl_compress.search.ladder import Candidate
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """Figures measured in one run of alternating bursts, the budget held against that run's original, and the outcome."""
+    """Figures from one run of alternating bursts, and the budget as it comes to beside that run's original."""
 
     original: Figures
     delivered: Figures

@@ -1,15 +1,14 @@
 """The workbench on which plans become models and models get figures.
 
 It holds everything about one task that is computed once and used by every trial: calibration samples, the exported
-template, the ranking of channels, Gram matrices, the teacher's outputs. A trial's metric is that of the ONNX model in the
-runtime, quantized layers included: what is compared in the search is what is delivered.
+template, the ranking of channels, Gram matrices, the teacher's outputs. A trial's metric is that of the ONNX model in
+the runtime, quantized layers included: what is compared in the search is what is delivered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +19,7 @@ from automl_compress.core.graph import ChannelGroup, Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.export import Template
 from automl_compress.deploy.runtime import OnnxModel
+from automl_compress.deploy.verify import torch_outputs
 from automl_compress.errors import TaskError
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task, check_labels
@@ -32,6 +32,7 @@ from automl_compress.techniques.recover import recalibrate_batch_norm
 CALIBRATION_SAMPLES = 512
 GRAM_SAMPLES = 1024
 ONE_SHOT_SAMPLES = 2048
+Outputs = tuple[np.ndarray, ...]
 
 
 class Workbench:
@@ -73,7 +74,7 @@ class Workbench:
         return self.template.fill(self.teacher, Plan())
 
     @cached_property
-    def _reference(self) -> list[np.ndarray]:
+    def _reference(self) -> list[Outputs]:
         return self._outputs(self.original, self._calibration)
 
     @cached_property
@@ -90,8 +91,8 @@ class Workbench:
     def student(self, plan: Plan) -> tuple[nn.Module, Plan]:
         """The plan's model without any training, and the plan with its channels selected.
 
-        A cut model is repaired twice, by refitting consumers and by recalibrating batch-norms on top, and the repair that
-        stays closer to the original's outputs is kept; neither is better on every model.
+        A cut model is repaired twice, by refitting consumers and by recalibrating batch-norms on top, and the repair
+        that stays closer to the original's outputs is kept; neither is better on every model.
         """
         plan = select_channels(self.graph, plan, self.ranking)
         model = apply_plan(self.teacher, self.graph, plan)
@@ -110,7 +111,7 @@ class Workbench:
         model = self.template.fill(apply_plan(self.teacher, self.graph, plan), plan)
         return self._quantized(model, plan, self._original_ranges)
 
-    def onnx(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
+    def export(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
         """The finished ONNX model: layers with fewer than 32 bits quantized, ranges from training samples."""
         filled = self.template.fill(model, plan)
         bits = _low_bits(plan)
@@ -122,17 +123,17 @@ class Workbench:
     def one_shot(self, plan: Plan) -> float:
         """The metric on validation samples after pruning, repair and quantization, without training."""
         model, plan = self.student(plan)
-        return self.metric(self.onnx(model, plan), self.validation)
+        return self.metric(self.export(model, plan), self.validation)
 
     def metric(self, model: onnx.ModelProto, data: Sequence[tuple[Inputs, Tensor]] | str) -> float:
         """The task's metric of an ONNX model on samples, or on a whole split by name."""
         batches = list(self.task.batches(data)) if isinstance(data, str) else data
         outputs = self._outputs(model, [inputs for inputs, _ in batches])
         targets = torch.cat([target for _, target in batches])
-        joined = torch.from_numpy(np.concatenate(outputs))
+        parts = tuple(torch.from_numpy(np.concatenate(column)) for column in zip(*outputs, strict=True))
         if self.task.classifies:
-            check_labels(targets, joined.shape[1], data if isinstance(data, str) else "validation")
-        return self.task.metric_of(joined, targets)
+            check_labels(targets, parts[0].shape[1], data if isinstance(data, str) else "validation")
+        return self.task.metric_of(parts[0] if len(parts) == 1 else parts, targets)
 
     def distortion(self, model: onnx.ModelProto) -> float:
         """How far a model's outputs are from the original's on calibration samples; 0 for the original itself.
@@ -144,8 +145,7 @@ class Workbench:
 
     def _torch_distortion(self, model: nn.Module) -> float:
         inputs = head(self._calibration, 256)
-        with torch.no_grad():
-            outputs = [model(*part).numpy() for part in inputs]
+        outputs = [torch_outputs(model, part) for part in inputs]
         return _distance(outputs, self._reference[: len(outputs)], self.task.classifies)
 
     def _quantized(
@@ -154,9 +154,9 @@ class Workbench:
         bits = _low_bits(plan)
         return quantize(model, bits, ranges) if bits else model
 
-    def _outputs(self, model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[np.ndarray]:
-        session = OnnxModel(model, **({"threads": self._threads} if self._threads else {}))
-        return [session(tuple(part.numpy() for part in inputs))[0] for inputs in batches]
+    def _outputs(self, model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[Outputs]:
+        session = OnnxModel(model, self._threads)
+        return [session(tuple(part.numpy() for part in inputs)) for inputs in batches]
 
     def _feeds(self, batches: Sequence[Inputs]) -> list[dict[str, np.ndarray]]:
         names = [value.name for value in self.original.graph.input]
@@ -204,9 +204,14 @@ def head(batches: Sequence[Inputs], samples: int) -> list[Inputs]:
     return result
 
 
-def _distance(outputs: Sequence[Any], reference: Sequence[Any], classifies: bool) -> float:
-    one = np.concatenate(outputs).astype(np.float64)
-    other = np.concatenate(reference).astype(np.float64)[: len(one)]
+def _distance(outputs: Sequence[Outputs], reference: Sequence[Outputs], classifies: bool) -> float:
+    """Mean over the model's outputs; the reference may have more rows."""
+    pairs = zip(zip(*outputs, strict=True), zip(*reference, strict=True), strict=True)
+    return float(np.mean([_one_distance(np.concatenate(a), np.concatenate(b), classifies) for a, b in pairs]))
+
+
+def _one_distance(one: np.ndarray, other: np.ndarray, classifies: bool) -> float:
+    one, other = one.astype(np.float64), other.astype(np.float64)[: len(one)]
     if classifies:
         p, q = _log_softmax(other), _log_softmax(one)
         return float((np.exp(p) * (p - q)).sum(axis=1).mean())

@@ -1,7 +1,7 @@
 """The fidelity ladder: one-shot, short distillation, full distillation, and who goes up.
 
-A rung's metric is compared within the rung only. One-shot trials are the Optuna study; what was distilled is kept in the
-run folder, plan by plan, so that a run that was stopped trains nothing twice.
+A rung's metric is compared within the rung only. One-shot trials are the Optuna study; what was distilled is kept in
+the run folder, plan by plan, so that a run that was stopped trains nothing twice.
 """
 
 from __future__ import annotations
@@ -83,14 +83,15 @@ class Recovery:
         if known is not None:
             return known
         model, full = self._bench.student(plan)
-        exported = self._bench.onnx(model, full)
-        metric, losses, seconds = self._bench.metric(exported, "validation"), (), 0.0
+        exported = self._bench.export(model, full)
+        metric, seconds = self._bench.metric(exported, "validation"), 0.0
+        losses: tuple[float, ...] = ()
         if schedule.epochs > 0:
             log = distill(
                 model, self._bench.teacher, self._bench.task, schedule, seed=self._bench.seed, on_step=on_step
             )
             losses, seconds = log.losses, log.seconds
-            trained = self._bench.onnx(model, full)
+            trained = self._bench.export(model, full)
             reached = self._bench.metric(trained, "validation")
             if reached >= metric:
                 exported, metric = trained, reached

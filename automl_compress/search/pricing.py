@@ -30,8 +30,8 @@ _SCALE_BYTES = 4 + 4 + 1  # a float scale, an int32 bias in place of a float one
 def covering_plans(space: SearchSpace, graph: Graph, *, seed: int = 0, limit: int = MAX_VARIANTS) -> list[Plan]:
     """Plans that together show each layer at each (input, output, bits) that the space reaches at full student width.
 
-    Greedy: of some random plans, the one that shows most that is new. Layers of equal key count as one. The first plan is
-    the untouched original, the second is quantized throughout, so that both ends are among the fitted models.
+    Greedy: of some random plans, the one that shows most that is new. Layers of equal key count as one. The first plan
+    is the untouched original, the second is quantized throughout, so that both ends are among the fitted models.
     """
     rng = np.random.default_rng(seed)
     wanted = _reachable(space, graph)
@@ -128,7 +128,7 @@ def _shapes(graph: Graph, plan: Plan) -> set[tuple[str, Shape]]:
 
 
 def _reachable(space: SearchSpace, graph: Graph) -> set[tuple[str, Shape]]:
-    """Every (layer key, shape) that some plan at full student width has, for layers with at most one group on each side."""
+    """Every (layer key, shape) at full student width, for layers with at most one group on each side."""
     result: set[tuple[str, Shape]] = set()
     for layer in graph.layers:
         bits = _options(space, f"bits.{layer.name}")

@@ -160,9 +160,7 @@ class BudgetSampler(BaseSampler):
         return _Past(
             tried={self._key(t, plans[t.number]): plans[t.number] for t in known if t.number not in cut_short},
             elites=tuple(plans[t.number] for t in feasible[:_ELITES]),
-            quality=corrected(
-                self._table.quality, observed, free={(d.name, d.neutral) for d in self._space.decisions}
-            ),
+            quality=corrected(self._table.quality, observed, free={(d.name, d.neutral) for d in self._space.decisions}),
             ratios=self._ratios([(t, plans[t.number]) for t in known if t.constraints]),
         )
 

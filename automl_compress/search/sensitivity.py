@@ -56,7 +56,7 @@ def _does_nothing(decision: Decision, option: float | int | bool) -> bool:
 
 def _one(bench: Workbench, decision: Decision, option: float | int | bool) -> float:
     model, plan = bench.student(single(decision, option))
-    return max(0.0, bench.distortion(bench.onnx(model, plan)))
+    return max(0.0, bench.distortion(bench.export(model, plan)))
 
 
 def _load(file: Path | None) -> dict[str, float]:

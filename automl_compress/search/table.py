@@ -30,9 +30,7 @@ class LayerCost:
         return {"latency": self.latency_us, "size": self.size_bytes}[metric]
 
     def __add__(self, other: LayerCost) -> LayerCost:
-        return LayerCost(
-            latency_us=self.latency_us + other.latency_us, size_bytes=self.size_bytes + other.size_bytes
-        )
+        return LayerCost(latency_us=self.latency_us + other.latency_us, size_bytes=self.size_bytes + other.size_bytes)
 
     def scaled(self, factor: float) -> LayerCost:
         return LayerCost(latency_us=self.latency_us * factor, size_bytes=self.size_bytes * factor)

@@ -1,7 +1,7 @@
 """Knowledge distillation: the student learns the teacher's soft labels beside the true ones.
 
-Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network". For tasks with a loss of their own the
-teacher's outputs are matched by squared error instead of softened probabilities.
+Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network". For tasks with a loss of their own
+the teacher's outputs are matched by squared error instead of softened probabilities.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def distill(
     teacher = teacher.eval()
     channels_last = any(p.ndim == 4 for p in student.parameters())
     if channels_last:
-        student.to(memory_format=torch.channels_last)
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.train()
     steps = max(1, round(schedule.epochs * _steps_per_epoch(task)))
     optimizer = torch.optim.SGD(
@@ -114,7 +114,7 @@ def distill(
         images += len(targets)
         if on_step:
             on_step(number + 1, steps, loss, images / (time.perf_counter() - start))
-    student.to(memory_format=torch.contiguous_format)
+    student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     student.eval()
     return TrainingLog(losses=_tenths(losses), images=images, seconds=time.perf_counter() - start)
 
@@ -127,7 +127,7 @@ def _gradient(
         soft = teacher(*inputs)
     try:
         loss = distillation_loss(task, student(*inputs), soft, targets, schedule)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     except IndexError as error:  # cross-entropy on a class that the model doesn't have
         raise TaskError(f"task: train labels are out of range: {error}") from error
     return float(loss.detach())
@@ -173,7 +173,8 @@ def _endless(task: Task, steps: int) -> Iterator[Batch]:
 
 def _match(student: Any, teacher: Any) -> Tensor:
     if isinstance(student, Tensor):
-        return functional.mse_loss(student, teacher) / teacher.float().var().clamp_min(1e-6)
+        scale: Tensor = teacher.float().var().clamp_min(1e-6)
+        return functional.mse_loss(student, teacher) / scale
     parts = [_match(a, b) for a, b in zip(student, teacher, strict=True)]
     return torch.stack(parts).mean()
 

@@ -46,7 +46,8 @@ def select_channels(graph: Graph, plan: Plan, ranking: Ranking) -> Plan:
 def apply_plan(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A smaller copy of `model`: channels removed and blocks dropped as a plan with selected channels says.
 
-    Bit-widths are not applied here; quantization works on the exported model. Raises PlanError for another model's plan.
+    Bit-widths are not applied here; quantization works on the exported model. Raises PlanError for another model's
+    plan.
     """
     plan.check(graph)
     return cut(model, graph, kept=plan.kept, drop=plan.drop)

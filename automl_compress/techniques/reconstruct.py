@@ -27,8 +27,8 @@ _DAMPING = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Gram:
-    """sum x x^T over calibration inputs of one layer [columns + 1, columns + 1], float64; the last column is the constant 1
-    that carries the bias."""
+    """sum x x^T over calibration inputs of one layer [columns + 1, columns + 1], float64; the last column is the
+    constant 1 that carries the bias."""
 
     matrix: Tensor
 
@@ -63,7 +63,7 @@ def collect_grams(model: nn.Module, graph: Graph, batches: Iterable[tuple[Tensor
 
 
 def elimination_scores(model: nn.Module, group: ChannelGroup, graph: Graph, grams: Mapping[str, Gram]) -> Tensor | None:
-    """Scores [group size] whose descending order is the reverse order of elimination; None where a consumer has no Gram.
+    """Scores [group size]: when each channel is eliminated, first 0; None where a consumer has no Gram.
 
     Channels go one by one, each time the one whose loss, after the best refit of what is left, is least.
     """
@@ -118,7 +118,8 @@ class _Elimination:
         index = torch.tensor([self._columns[c] for c in channels])
         blocks = self._inverse[index.unsqueeze(2), index.unsqueeze(1)]  # [channels, k, k]
         weights = self._weight[:, index].permute(1, 2, 0)  # [channels, k, out]
-        return (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
+        losses: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
+        return losses
 
     def remove(self, channel: int) -> None:
         columns = self._columns[channel]

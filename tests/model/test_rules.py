@@ -1,0 +1,133 @@
+"""Rules carry channels through operators: a cut that they allow never changes what the rest computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from automl_compress.model.rules import RULES, matching_runs
+from automl_compress.model.surgery import cut, silence_channels
+from automl_compress.model.trace import trace
+
+SHAPES = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=4)
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@given(SHAPES, st.randoms(use_true_random=False))
+def test_runs_cover_both_shapes_in_order_with_equal_products(parts: list[list[int]], random: object) -> None:
+    before = [size for part in parts for size in part]
+    after = [math.prod(part) for part in parts]
+    runs = matching_runs(before, after)
+    assert [dim for old, _ in runs for dim in old] == list(range(len(before)))
+    assert [dim for _, new in runs for dim in new] == list(range(len(after)))
+    for old, new in runs:
+        assert math.prod(before[d] for d in old) == math.prod(after[d] for d in new)
+
+
+@given(st.lists(st.integers(2, 5), min_size=1, max_size=5))
+def test_a_shape_matches_itself_dimension_by_dimension(shape: list[int]) -> None:
+    assert matching_runs(shape, shape) == [([i], [i]) for i in range(len(shape))]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "runs"),
+    [
+        ((2, 8, 4, 4), (2, 128), [([0], [0]), ([1, 2, 3], [1])]),
+        ((2, 128), (2, 8, 16), [([0], [0]), ([1], [1, 2])]),
+        ((6, 4), (4, 6), [([0, 1], [0, 1])]),
+        ((2, 3), (2, 3, 1), [([0], [0]), ([1], [1]), ([], [2])]),
+        ((2, 3, 1, 1), (2, 3), [([0], [0]), ([1], [1]), ([2], []), ([3], [])]),
+    ],
+)
+def test_runs_are_the_shortest(
+    before: tuple[int, ...], after: tuple[int, ...], runs: list[tuple[list[int], list[int]]]
+) -> None:
+    assert matching_runs(before, after) == runs
+
+
+class Between(nn.Module):
+    """A convolution, the operation, and a consumer of as many features as come out of it."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.operation = operation
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.LazyLinear(5)
+        self(X)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.operation(self.conv(x)))
+
+
+CARRIES = {
+    "relu, mean": lambda x: functional.relu(x).mean((2, 3)),
+    "pool, flatten": lambda x: functional.avg_pool2d(x, 4).flatten(1),
+    "permute": lambda x: x.amax(2).transpose(1, 2).reshape(2, 8, 6).mean(1),
+    "squeeze": lambda x: functional.adaptive_max_pool2d(x, 1).squeeze(-1).squeeze(-1),
+    "unsqueeze, expand": lambda x: x.mean((2, 3)).unsqueeze(1).expand(-1, 4, -1),
+    "slice positions": lambda x: x[:, :, 1:5, ::2].mean((2, 3)),
+    "pad positions": lambda x: functional.pad(x, (1, 1, 2, 2)).amax((2, 3)),
+    "broadcast over channels": lambda x: (x * x.new_full((1, 1, 8, 8), 2.0) + 1).mean((2, 3)),
+    "gate": lambda x: (x * torch.sigmoid(x.mean((2, 3), keepdim=True))).mean((2, 3)),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x).mean((2, 3)),
+}
+FREEZES = {
+    "softmax over channels": lambda x: torch.softmax(x, dim=1).mean((2, 3)),
+    "sum over channels": lambda x: x.sum(1).flatten(1),
+    "split channels": lambda x: x.reshape(2, 2, 3, 64).amax(1).mean(-1),
+    "slice channels": lambda x: x[:, 1:5].mean((2, 3)),
+    "pad channels": lambda x: functional.pad(x, (0, 0, 0, 0, 1, 1)).mean((2, 3)),
+    "flip channels": lambda x: x.flip(1).mean((2, 3)),
+    "cumulative sum": lambda x: x.cumsum(1).mean((2, 3)),
+    "layer norm": lambda x: functional.layer_norm(x.mean((2, 3)), (6,)),
+    "channels meet positions": lambda x: (x[..., :6, 0] + x[..., :6, 0].transpose(1, 2)).mean(2),
+}
+
+
+@pytest.mark.parametrize("operation", CARRIES.values(), ids=CARRIES.keys())
+def test_a_carried_channel_can_be_cut_without_changing_the_rest(operation: Callable[[Tensor], Tensor]) -> None:
+    model = Between(operation).eval()
+    graph = trace(model, (X,))
+    assert [(group.name, group.size) for group in graph.groups] == [("conv", 6)]
+    small = cut(model, graph, kept={"conv": [0, 3, 4]})
+    silenced = silence_channels(model, graph, {"conv": [1, 2, 5]})
+    torch.testing.assert_close(small(X), silenced(X), rtol=1e-4, atol=1e-5)
+    assert small.conv.out_channels == 3
+
+
+@pytest.mark.parametrize("operation", FREEZES.values(), ids=FREEZES.keys())
+def test_what_mixes_channels_freezes_them_and_says_why(operation: Callable[[Tensor], Tensor]) -> None:
+    graph = trace(Between(operation).eval(), (X,))
+    assert graph.groups == ()
+    assert any(entry.layer == "conv" and entry.reason for entry in graph.frozen)
+
+
+def test_convolutions_in_groups_are_left_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    graph = trace(model, (X,))
+    assert graph.groups == ()
+    assert {entry.layer for entry in graph.frozen} >= {"0", "1"}
+
+
+def test_a_transposed_convolution_ties_like_a_convolution() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 7, 3), nn.ReLU(), nn.Conv2d(7, 5, 8), nn.Flatten())
+    model = nn.Sequential(*layers).eval()
+    graph = trace(model, (X,))
+    assert {group.name: group.size for group in graph.groups} == {"0": 6, "1": 7}
+    small = cut(model, graph, kept={"0": [0, 5], "1": [1, 2, 6]})
+    silenced = silence_channels(model, graph, {"0": [1, 2, 3, 4], "1": [0, 3, 4, 5]})
+    torch.testing.assert_close(small(X), silenced(X), rtol=1e-4, atol=1e-5)
+
+
+def test_every_rule_is_callable() -> None:
+    assert all(callable(rule) for rule in RULES.values())

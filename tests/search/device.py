@@ -1,0 +1,67 @@
+"""The real runtime with invented times: kernels and fusions are what they are, but no clock is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from automl_compress.hardware import probe
+
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+def node_us(kernel: Mapping[str, Any]) -> float:
+    """A node takes two microseconds and more, the more values it reads and writes; convolutions are dearer."""
+    reads, writes = (
+        [math.prod(int(d) for d in shape.split(",") if d) for _, shape in _SHAPE.findall(" ".join(kernel[end]))]
+        for end in ("inputs", "outputs")
+    )
+    work = sum(writes) * 1e-3 + sum(reads) * 1e-3
+    if "Conv" in kernel["op"]:
+        work = max(reads, default=1) * max(writes, default=1) * 2e-5
+    return 2.0 + work * (0.4 if kernel["op"].startswith("QLinear") else 1.0)
+
+
+class TimelessRuntime:
+    """A channel to `Device`. `launched` collects all of them, so that a test can count what was asked."""
+
+    asked: Counter[str] = Counter()
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = dict(settings)
+        self._answer: dict[str, Any] | None = None
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        self.asked[request["do"]] += 1
+        self._answer = {"ok": True, **getattr(self, request["do"])(request)}
+
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
+        return self._answer
+
+    def close(self) -> str:
+        return "closed"
+
+    def trace(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        found = probe.trace({**request, "runs": 1}, self._settings, lambda _: None)
+        for kernel in found["kernels"]:
+            kernel["us"] = [node_us(kernel)] * request["runs"]
+        return found
+
+    def compare(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        bursts = {name: [self._model_us(path)] * request["bursts"] for name, path in request["models"].items()}
+        return {"bursts_us": bursts, "runs": dict.fromkeys(bursts, 30)}
+
+    def memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {"peak_bytes": 60_000_000 + 3 * Path(request["model"]).stat().st_size}
+
+    def _model_us(self, path: str) -> float:
+        request = {"model": path, "runs": 1, "optimized": f"{path}.optimized"}
+        try:
+            kernels = probe.trace(request, self._settings, lambda _: None)["kernels"]
+        finally:
+            Path(request["optimized"]).unlink(missing_ok=True)
+        return sum(node_us(kernel) + 0.5 for kernel in kernels) + 3.0
