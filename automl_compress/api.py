@@ -20,12 +20,15 @@ from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import CompressError, InfeasibleError, InputError, Interrupted, PlanError
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.profile import load_profile
-from automl_compress.model.task import Task, load_task, prepare
+from automl_compress.model.task import Task, load_task, prepare, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
+from automl_compress.search.account import notes as notes_of
+from automl_compress.search.account import trial_rows
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.deliver import Verified, final_metric, verify
 from automl_compress.search.evaluate import Workbench
+from automl_compress.search.finalists import baselines, climb, finalists, within_budget
 from automl_compress.search.ladder import Candidate, Recovery, read_plan, rebuild
 from automl_compress.search.sampler import SAMPLERS
 from automl_compress.search.space import load_space, resolve
@@ -172,6 +175,8 @@ def _campaign(task: Task | str, settings: _Settings, folder: Path, progress: Pro
     options = settings.options
     if options.get("sampler", "budget") not in SAMPLERS:
         raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
+    if isinstance(task, str):
+        require_task_file(task)
     rules = load_space(options.get("space") or "cnn")
     device_profile = load_profile(options.get("profile") or "local")
     for warning in device_profile.warnings:
@@ -210,15 +215,15 @@ def _run(campaign: Campaign, settings: _Settings) -> Result:
     trials, schedule = int(settings.options["trials"]), Schedule(epochs=float(settings.options["epochs"]))
     recovery = Recovery(campaign.bench, campaign.folder)
     for attempt in range(_DELIVERIES):
-        finalists = campaign.finalists(trials + attempt, settings.left(_EXPLORE_SHARE))
-        candidates = campaign.climb(finalists, schedule, recovery)
-        baselines = campaign.baselines(schedule, recovery)
-        best = max([*candidates, *campaign.within_budget(baselines)], key=lambda candidate: candidate.metric)
-        verified = verify(campaign, best, baselines)
+        plans = finalists(campaign, trials + attempt, settings.left(_EXPLORE_SHARE))
+        candidates = climb(campaign, plans, schedule, recovery)
+        beaten = baselines(campaign, schedule, recovery)
+        best = max([*candidates, *within_budget(campaign, beaten)], key=lambda candidate: candidate.metric)
+        verified = verify(campaign, best, beaten)
         if verified.met:
             return _delivered(campaign, settings, best, verified)
-        campaign.progress.note("the finished model missed the budget when measured; correcting the cost model")
-        campaign.tighten(campaign.predict(replace(best.plan, kept={})), verified.cost)
+        campaign.progress.note("the finished model missed the budget when measured; the search goes on")
+        campaign.measured[best.plan.key] = verified.beside(campaign.original)
     raise InfeasibleError(
         f"{_DELIVERIES} finished models missed the budget when measured",
         nearest=campaign.floors(),
@@ -256,7 +261,7 @@ def _delivered(campaign: Campaign, settings: _Settings, best: Candidate, verifie
         baselines=verified.baselines,
         budget=verified.budget.limits,
         layers=verified.layers,
-        notes=(*notes, *campaign.all_notes()),
+        notes=(*notes, *notes_of(campaign)),
         seconds={"total": time.monotonic() - settings.begun, "distillation": best.seconds},
     )
 
@@ -269,7 +274,7 @@ def _infeasible(campaign: Campaign, error: InfeasibleError) -> Result:
         budget=campaign.budget.limits,
         nearest=error.nearest,
         binding=error.binding,
-        notes=(str(error), *campaign.all_notes()),
+        notes=(str(error), *notes_of(campaign)),
     )
 
 
@@ -300,7 +305,7 @@ def _write(campaign: Campaign, settings: _Settings, result: Result) -> Result:
         ["automl-compress search", *_arguments(settings.options), "-o", shlex.quote(str(campaign.folder.path))]
     )
     try:
-        write_report(result, campaign.trial_rows(), campaign.folder.path, commands=[command])
+        write_report(result, trial_rows(campaign), campaign.folder.path, commands=[command])
     except OSError as error:
         raise CompressError(
             f"{error.filename}: can't be written ({error.strerror}); free some space and run again"

@@ -101,6 +101,13 @@ def load_task(spec: str, *, weights: Path | None = None) -> Task:
     return prepare(task, weights=weights)
 
 
+def require_task_file(spec: str) -> None:
+    """Raise TaskError at once, before anything slow, where a task file is named that doesn't exist."""
+    source = spec.partition(":")[0] if not _is_windows_path(spec) else spec
+    if (source.endswith(".py") or "/" in source) and not Path(source).is_file():
+        raise TaskError(f"{source}: no such task file")
+
+
 def prepare(task: Task, *, weights: Path | None = None) -> Task:
     """Check a task and bring its data into re-iterable form. Raises TaskError that says which part is wrong."""
     if not isinstance(task.model, nn.Module):

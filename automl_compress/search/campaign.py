@@ -6,8 +6,9 @@ plans without training, measure the best on the device, distil those, and keep t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,15 +23,15 @@ from automl_compress.errors import InfeasibleError
 from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.measure import measure_variants
-from automl_compress.hardware.timer import ratio
 from automl_compress.progress import Progress
 from automl_compress.search.decode import Decoder, cheapest, solve
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.ladder import SURVIVORS, Candidate, Recovery, short
-from automl_compress.search.pricing import additive_table, covering_plans, uniform_bits
+from automl_compress.search.pricing import additive_table, covering_plans
 from automl_compress.search.sampler import make_sampler
+from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
 from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
 from automl_compress.search.space import SearchSpace, drop_dominated
+from automl_compress.search.storage import open_storage
 from automl_compress.search.study import (
     Objective,
     best_feasible,
@@ -41,32 +42,12 @@ from automl_compress.search.study import (
     trial_counts,
 )
 from automl_compress.search.table import AdditiveTable
-from automl_compress.techniques.distill import Schedule
 
 # The search aims a little below a budget: a prediction errs by a percent or two, and a miss costs a distillation.
 AIM = {"latency": 0.985, "memory": 0.97}
 _REACH = 1.03  # an estimate this far above a limit is not yet proof that the limit can't be met
-_CONFIRM = 8
 _MEMORIES = 8
-_MILP_SCALES = (0.6, 1.4)
-_MILP_STEPS = 7
-_ROUNDS = 4
 STUDY = "one-shot"
-MILP = "milp"
-
-
-def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    predicted = trial.user_attrs.get("predicted", {})
-    infeasible = any(value > 0 for value in trial.constraints.values())
-    state = {"COMPLETE": "complete", "PRUNED": "infeasible" if infeasible else "pruned"}.get(trial.state.name, "failed")
-    return {
-        "number": trial.number,
-        "state": state,
-        "metric": trial.value if trial.state.name == "COMPLETE" else None,
-        "predicted_latency_us": predicted.get("latency"),
-        "predicted_size_bytes": predicted.get("size"),
-        "rung": "one-shot",
-    }
 
 
 @dataclass
@@ -87,6 +68,7 @@ class Campaign:
     original: Cost = field(init=False)
     budget: Budget = field(init=False)
     table: AdditiveTable = field(init=False)
+    measured: dict[str, Cost] = field(default_factory=dict)
     _predicted: dict[str, Cost] = field(default_factory=dict)
     _study: optuna.Study | None = None
     _milp: Plan | None = None
@@ -178,7 +160,11 @@ class Campaign:
                 predict=self.predict,
                 seed=self.seed,
             )
-            self._study = open_study(self.storage or self.folder.path, STUDY, sampler, fingerprint=self.identity)
+            self._study = open_study(
+                self.storage or self.folder.path, self._study_name, sampler, fingerprint=self.identity
+            )
+            if self.storage and "space" not in self._study.user_attrs:
+                self._study.set_user_attr("space", self.folder.read_json("space.json"))
         return self._study
 
     def _objective(self) -> Objective:
@@ -186,86 +172,23 @@ class Campaign:
 
     def seeds(self) -> dict[str, Plan]:
         """The plans that every search starts from, by label."""
-        result = {"original": Plan()}
-        lowest = min((int(o) for d in self.space.decisions if d.kind == "bits" for o in d.options), default=32)
-        if lowest < 32:
-            result[f"uniform-int{lowest}"] = uniform_bits(self.space, lowest)
-        for decision in self.space.decisions:
-            if decision.kind == "width":
-                for width in decision.options:
-                    if width != 1.0:
-                        result[f"width-{width:g}"] = replace(uniform_bits(self.space, lowest), width=float(width))
+        plans = simple_plans(self.space)
         if self._milp is None:
             self._milp = self._first_milp()
-        if self._milp.drop or self._milp.bits or self._milp.sparsity or self._milp.width < 1:
-            result[MILP] = self._milp
-        return result
+        return plans | ({MILP: self._milp} if self._milp.key != Plan().key else {})
 
     def _first_milp(self) -> Plan:
         """The table's optimum as it was before any trial; the original where there is none within the budget."""
         known = self.folder.read_json("milp.json")
         if known is None:
-            known = (self.milp() or Plan()).to_json(self.bench.graph)
+            limits = self._table_limits()
+            found = loosest_optimum(
+                lambda scale: self._solve({metric: limit * scale for metric, limit in limits.items()}),
+                lambda plan: self.aim.met(self.predict(plan)),
+            )
+            known = (found or Plan()).to_json(self.bench.graph)
             self.folder.write_json("milp.json", known)
         return Plan.from_json(known, self.bench.graph)
-
-    def milp(self) -> Plan | None:
-        """The exact optimum of the additive table whose predicted cost is within the budget, None if there is none.
-
-        The table's sums are estimates, so the limit that it is solved for is moved, by bisection, to the loosest whose
-        optimum is still predicted to be within the budget.
-        """
-        limits, low, high = self._table_limits(), *_MILP_SCALES
-        best: Plan | None = None
-        for _ in range(_MILP_STEPS):
-            scale = (low + high) / 2
-            plan = self._solve({metric: limit * scale for metric, limit in limits.items()})
-            if plan is not None and self.aim.met(self.predict(plan)):
-                best, low = plan, scale
-            elif plan is None:
-                low = scale
-            else:
-                high = scale
-        return best
-
-    def finalists(self, trials: int, timeout: float | None = None) -> list[Plan]:
-        """The best one-shot plans that were measured on the device and are within the budget, best first.
-
-        A plan that misses corrects the cost model, and the next ones are held against that.
-        """
-        tried: set[str] = set()
-        passed: list[Plan] = []
-        for number in range(_ROUNDS):
-            self.explore(trials + number * max(8, trials // 4), timeout)
-            pool = [plan for plan in self._ranked() if plan.key not in tried][:_CONFIRM]
-            tried |= {plan.key for plan in pool}
-            passed += self.confirm(pool)
-            if passed:
-                return passed
-        raise InfeasibleError(
-            f"none of {len(tried)} plans that were predicted to meet the budget met it when measured",
-            nearest=self.floors(),
-            binding=self.binding(),
-        )
-
-    def confirm(self, plans: Sequence[Plan]) -> list[Plan]:
-        """Those plans that meet the latency budget when measured beside the original, in the same order."""
-        if not plans or "latency" not in self.budget.limits:
-            return list(plans)
-        self.progress.stage("measuring the best plans on the device", len(plans))
-        paths = {"original": self.folder.path / "original.onnx"}
-        with ExitStack() as files:
-            paths |= {plan.key: files.enter_context(self.device.saved(self.bench.structure(plan))) for plan in plans}
-            timings = self.device.compare(paths)
-        result = []
-        for plan in plans:
-            measured = ratio(timings, plan.key, "original") * self.original.latency_us
-            predicted = self.predict(plan)
-            if measured <= self.budget.limits["latency"]:
-                result.append(plan)
-            else:
-                self.tighten(predicted, replace(predicted, latency_us=measured, provenance="measured"))
-        return result
 
     def tighten(self, predicted: Cost, measured: Cost) -> None:
         """A model came out dearer than predicted: correct the cost model, and forget what it said before."""
@@ -273,45 +196,15 @@ class Campaign:
         self._predicted.clear()
         self._study = None  # its sampler proposed by the old predictions
 
-    def climb(self, plans: Sequence[Plan], schedule: Schedule, recovery: Recovery) -> list[Candidate]:
-        """Distil briefly, keep the best, distil fully: the finished candidates, best first."""
-        survivors = list(plans[:SURVIVORS])
-        if schedule.epochs > 0 and len(survivors) > 1:
-            tried = [self.recover(plan, "short", short(schedule), recovery) for plan in survivors]
-            order = sorted(range(len(tried)), key=lambda i: -tried[i].metric)
-            survivors = [survivors[i] for i in order]
-        return [self.recover(survivors[0], "full", schedule, recovery)]
-
-    def recover(self, plan: Plan, rung: str, schedule: Schedule, recovery: Recovery) -> Candidate:
-        """One recovery with progress."""
-        self.progress.stage(f"{rung} distillation", None)
-
-        def on_step(step: int, steps: int, loss: float, images_per_second: float) -> None:
-            if step == 1:
-                self.progress.stage(f"{rung} distillation", steps)
-            self.progress.advance(1, loss=round(loss, 4), images_per_second=round(images_per_second))
-
-        candidate = recovery.recover(plan, rung, schedule, on_step)
-        cost = self.describe(replace(candidate.plan, kept={}))
-        self.progress.note(f"{rung} distillation: {candidate.metric:.4f} on validation at {cost}")
-        return candidate
-
-    def baselines(self, schedule: Schedule, recovery: Recovery) -> dict[str, Candidate]:
-        """What the search has to beat, recovered like its own finalists: uniform quantization and the table's optimum."""
-        plans = {name: plan for name, plan in self.seeds().items() if name.startswith("uniform-") or name == MILP}
-        return {name: self.recover(plan, "full", schedule, recovery) for name, plan in plans.items()}
-
-    def within_budget(self, baselines: Mapping[str, Candidate]) -> list[Candidate]:
-        """Those that are predicted to meet the budget: should one be best, it is what the user gets."""
-        return [c for c in baselines.values() if self.aim.met(self.predict(replace(c.plan, kept={})))]
-
     def describe(self, plan: Plan) -> str:
         cost = self.predict(plan)
         share = cost.latency_us / self.original.latency_us
         return f"{share:.3f} of the latency, {cost.size_bytes / 1e3:.0f} KB (predicted)"
 
     def predict(self, plan: Plan) -> Cost:
-        """The plan's predicted cost; the same plan is lowered once."""
+        """The plan's predicted cost, or its measured one where it was measured; the same plan is lowered once."""
+        if plan.key in self.measured:
+            return self.measured[plan.key]
         if plan.key not in self._predicted:
             self._predicted[plan.key] = self.costs.predict(self.bench.structure(plan))
         return self._predicted[plan.key]
@@ -339,10 +232,6 @@ class Campaign:
     def trial_counts(self) -> dict[str, int]:
         return trial_counts(self.study()) if self.has_study else {}
 
-    def trial_rows(self) -> list[dict[str, Any]]:
-        """One row a trial for the report: number, state, metric, predicted cost."""
-        return [_row(trial) for trial in self.study().get_trials(deepcopy=False)] if self.has_study else []
-
     def floors(self) -> dict[str, float]:
         """Metric -> the lowest predicted figure that the space reaches, for each budget."""
         return {m: self._floor(m) for m in self.budget.limits}
@@ -364,19 +253,9 @@ class Campaign:
             self.folder.write_json("original-metric.json", known)
         return float(known["metric"])
 
-    def all_notes(self) -> tuple[str, ...]:
-        """What the report has to say about what was left alone, and how far predictions can be trusted."""
-        graph = self.bench.graph
-        reasons: dict[str, list[str]] = {}
-        for entry in graph.frozen:
-            reasons.setdefault(entry.reason, []).append(entry.layer)
-        frozen = [f"channels left whole: {', '.join(layers)}: {reason}" for reason, layers in reasons.items()]
-        skipped = [f"not counted in MACs: {name} ({count} times)" for name, count in graph.skipped.items()]
-        return (*self.space.notes, *frozen, *skipped, *self.costs.notes(self.bench.original))
-
-    def _ranked(self) -> list[Plan]:
+    def ranked(self, count: int) -> list[Plan]:
         """Plans of finished trials, best first, that today's cost model still finds within the budget."""
-        plans = [self.space.plan(trial.params) for trial in ranked(self.study(), 10 * _CONFIRM)]
+        plans = [self.space.plan(trial.params) for trial in ranked(self.study(), count)]
         return [plan for plan in plans if self.aim.met(self.predict(plan))]
 
     def _floor(self, metric: str) -> float:
@@ -401,7 +280,7 @@ class Campaign:
 
     def _fix_space(self) -> None:
         """Drop dominated options once: a resumed run offers what it offered before, whatever was measured since."""
-        known = self.folder.read_json("space.json")
+        known = self.folder.read_json("space.json") or self._shared_space()
         if known is None:
             space = drop_dominated(self.space, self.bench.graph, self.table, metrics=tuple(self.budget.limits))
             known = {
@@ -409,7 +288,7 @@ class Campaign:
                 "fixed": dict(space.fixed),
                 "notes": list(space.notes),
             }
-            self.folder.write_json("space.json", known)
+        self.folder.write_json("space.json", known)
         options = known["options"]
         self.space = replace(
             self.space,
@@ -419,3 +298,17 @@ class Campaign:
             fixed=known["fixed"],
             notes=tuple(known["notes"]),
         )
+
+    @property
+    def _study_name(self) -> str:
+        """In a storage that others use, too, a name that only the same search arrives at."""
+        digest = hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()[:12]
+        return f"{STUDY}-{digest}" if self.storage else STUDY
+
+    def _shared_space(self) -> Any:
+        """What the search that this process joins offers; options measured apart could differ by a dominated one."""
+        if not self.storage:
+            return None
+        storage = open_storage(self.storage)
+        studies = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
+        return studies[self._study_name].user_attrs.get("space") if self._study_name in studies else None

@@ -1,0 +1,45 @@
+"""The plans that every search starts from, and that it has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from automl_compress.core.plan import FULL_BITS, Plan
+from automl_compress.search.pricing import uniform_bits
+from automl_compress.search.space import SearchSpace
+
+ORIGINAL = "original"
+MILP = "milp"
+UNIFORM = "uniform-int"
+_SCALES = (0.6, 1.4)
+_STEPS = 7
+
+
+def simple_plans(space: SearchSpace) -> dict[str, Plan]:
+    """Label -> plan: the original, uniform quantization, and each student width with it."""
+    result = {ORIGINAL: Plan()}
+    lowest = min((int(o) for d in space.decisions if d.kind == "bits" for o in d.options), default=FULL_BITS)
+    quantized = uniform_bits(space, lowest) if lowest < FULL_BITS else Plan()
+    if lowest < FULL_BITS:
+        result[f"{UNIFORM}{lowest}"] = quantized
+    widths = (float(o) for d in space.decisions if d.kind == "width" for o in d.options if o != 1)
+    return result | {f"width-{width:g}": replace(quantized, width=width) for width in widths}
+
+
+def loosest_optimum(solve: Callable[[float], Plan | None], fits: Callable[[Plan], bool]) -> Plan | None:
+    """The optimum for the loosest limits whose plan still fits the budget; None if none does.
+
+    `solve(scale)` gives the exact optimum of the additive table for the limits times `scale`, `fits` asks the cost
+    model. The table's sums are estimates, so the limits that they are held against are moved, by bisection.
+    """
+    low, high = _SCALES
+    best: Plan | None = None
+    for _ in range(_STEPS):
+        scale = (low + high) / 2
+        plan = solve(scale)
+        if plan is not None and not fits(plan):
+            high = scale
+        else:
+            low, best = scale, plan or best
+    return best

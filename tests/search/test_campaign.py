@@ -1,0 +1,150 @@
+"""A campaign learns the device once, keeps its word about the budget, and says what can't be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from automl_compress.core.plan import Plan
+from automl_compress.errors import InfeasibleError
+from automl_compress.search.campaign import Campaign
+from automl_compress.search.study import trial_counts
+from tests.search.campaigns import campaign
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One device profile for all tests here: only the first campaign measures."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[Campaign]:
+    """A campaign before its first trial; for tests that only ask."""
+    with campaign(tmp_path_factory.mktemp("run"), home, latency="60%", size="60%") as opened:
+        opened.learn()
+        yield opened
+
+
+def test_budgets_in_percent_are_shares_of_the_measured_original(learned: Campaign) -> None:
+    path = learned.folder.path / "original.onnx"
+    assert learned.original.size_bytes == path.stat().st_size
+    assert learned.original.provenance == "measured"
+    assert learned.budget.limits["latency"] == pytest.approx(0.6 * learned.original.latency_us)
+    assert learned.budget.limits["size"] == pytest.approx(0.6 * learned.original.size_bytes)
+
+
+def test_the_search_aims_within_the_budget(learned: Campaign) -> None:
+    for metric, limit in learned.budget.limits.items():
+        assert 0.9 * limit < learned.aim.limits[metric] <= limit
+
+
+def test_the_originals_prediction_is_its_measurement(learned: Campaign) -> None:
+    predicted = learned.predict(Plan())
+    assert predicted.latency_us == pytest.approx(learned.original.latency_us, rel=1e-6)
+    assert predicted.size_bytes == learned.original.size_bytes
+
+
+def test_predictions_are_near_what_is_measured(learned: Campaign, tmp_path: Path) -> None:
+    plans = {**learned.seeds(), "dropped": Plan(drop=frozenset({"block"}))}
+    for name, plan in plans.items():
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(learned.bench.structure(plan).SerializeToString())
+        measured = learned.device.compare({name: path})[name].median_us
+        assert learned.predict(plan).latency_us == pytest.approx(measured, rel=0.1)
+        assert learned.predict(plan).size_bytes == path.stat().st_size
+
+
+def test_seeds_are_plans_of_the_space_and_the_optimum_is_within_the_aim(learned: Campaign) -> None:
+    seeds = learned.seeds()
+    assert seeds["original"].key == Plan().key
+    assert {"uniform-int8", "milp", "width-0.5"} <= set(seeds)
+    assert set(seeds["uniform-int8"].bits.values()) == {8}
+    assert learned.aim.met(learned.predict(seeds["milp"]))
+    assert learned.seeds() == seeds
+    for name, plan in seeds.items():
+        if name != "uniform-int8":  # an option that the device runs no faster may have been taken from the space
+            learned.space.plan(learned.space.params(plan))
+
+
+def test_floors_lie_below_the_budget_and_are_reachable_figures(learned: Campaign) -> None:
+    for metric, floor in learned.floors().items():
+        assert 0 < floor <= learned.budget.limits[metric]
+
+
+def test_binding_layers_are_layers(learned: Campaign) -> None:
+    assert 0 < len(learned.binding()) <= 3
+    assert set(learned.binding()) <= set(learned.bench.graph.layer)
+
+
+def test_every_option_has_a_price_in_quality(learned: Campaign) -> None:
+    for decision in learned.space.decisions:
+        assert {option for name, option in learned.table.quality if name == decision.name} >= set(decision.options)
+    assert all(loss >= 0 for loss in learned.table.quality.values())
+
+
+@pytest.mark.parametrize("limits", [{"latency": "1%"}, {"size": "1%"}, {"latency": "90%", "size": "100B"}])
+def test_what_can_not_be_reached_is_said_before_any_trial(tmp_path: Path, home: Path, limits: dict[str, str]) -> None:
+    with campaign(tmp_path / "run", home, **limits) as opened:
+        with pytest.raises(InfeasibleError) as caught:
+            opened.learn()
+        over = [m for m, nearest in caught.value.nearest.items() if nearest > opened.budget.limits[m]]
+        assert over
+        assert set(caught.value.nearest) == set(limits)
+        assert caught.value.binding
+        assert not opened.has_study
+        assert not (opened.folder.path / "sensitivity.jsonl").exists()
+
+
+def test_a_second_campaign_with_the_profile_measures_kernels_no_more(
+    tmp_path: Path, home: Path, learned: Campaign
+) -> None:
+    profile = learned.device.profile.path
+    before = profile.read_bytes()
+    with campaign(tmp_path / "run", home, latency="60%", size="60%") as second:
+        second.learn()
+        assert second.device.requests["trace"] == 0
+        assert second.device.requests["compare"] == 1, "the original, which is measured anew"
+        assert second.seeds() == learned.seeds()
+        assert second.table.quality == pytest.approx(learned.table.quality)
+    assert profile.read_bytes() == before
+
+
+def test_a_resumed_campaign_finds_its_original_its_space_and_its_trials(tmp_path: Path, home: Path) -> None:
+    with campaign(tmp_path / "run", home, latency="70%") as first:
+        first.learn()
+        first.explore(6)
+        original, space, counts = first.original, first.space, trial_counts(first.study())
+        seeds = first.seeds()
+    with campaign(tmp_path / "run", home, latency="70%") as second:
+        second.learn()
+        assert second.original == original
+        assert second.space.fingerprint == space.fingerprint
+        assert second.seeds() == seeds
+        assert trial_counts(second.study()) == counts
+        assert second.device.requests["compare"] == 0
+        second.explore(6)
+        assert trial_counts(second.study()) == counts, "the trials that were asked for are there"
+        second.explore(9)
+        states = [trial.state.name for trial in second.study().get_trials() if trial.state.is_finished()]
+        assert len(states) >= 9
+        keys = [t.user_attrs["plan"] for t in second.study().get_trials() if t.state.name == "COMPLETE"]
+        repeats = [t for t in second.study().get_trials() if "repeat_of" in t.user_attrs]
+        assert len(keys) - len(repeats) == len(set(keys))
+        assert all(second.aim.met(second.predict(plan)) for plan in second.ranked(9))
+
+
+def test_tightening_makes_every_prediction_dearer(tmp_path: Path, home: Path) -> None:
+    with campaign(tmp_path / "run", home, latency="70%") as opened:
+        opened.learn()
+        plan = Plan(width=0.5)
+        before, other = opened.predict(plan), opened.predict(Plan(drop=frozenset({"block"})))
+        opened.tighten(before, replace(before, latency_us=before.latency_us * 1.2))
+        assert opened.predict(plan).latency_us == pytest.approx(before.latency_us * 1.2)
+        assert opened.predict(Plan(drop=frozenset({"block"}))).latency_us == pytest.approx(other.latency_us * 1.2)
+        assert opened.predict(plan).size_bytes == before.size_bytes
+        opened.tighten(opened.predict(plan), before)
+        assert opened.predict(plan).latency_us == pytest.approx(before.latency_us * 1.2), "a cheaper one is ignored"

@@ -1,0 +1,138 @@
+"""What was recovered is kept whole, is never trained twice, and is never worse than the repair without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from automl_compress.core.plan import Plan
+from automl_compress.deploy.run_folder import RunFolder
+from automl_compress.errors import PlanError, RunFolderError
+from automl_compress.model.task import accuracy
+from automl_compress.search.ladder import SHORT_SHARE, Candidate, Recovery, read_plan, rebuild, short
+from automl_compress.techniques.distill import Schedule
+from tests.search import campaigns
+
+PLAN = Plan(sparsity={"block.conv1": 0.5, "down": 0.5}, bits={"down": 8})
+SCHEDULE = Schedule(epochs=1, learning_rate=0.02)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    with RunFolder(tmp_path / "run", {}) as opened:
+        yield opened
+
+
+def recover(folder: RunFolder, plan: Plan = PLAN, schedule: Schedule = SCHEDULE) -> tuple[Candidate, int]:
+    """The candidate, and how many steps were trained for it."""
+    steps: list[int] = []
+    recovery = Recovery(campaigns.bench(), folder)
+    return recovery.recover(plan, "full", schedule, lambda step, *_: steps.append(step)), len(steps)
+
+
+def measured(path: Path) -> float:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    outputs, targets = [], []
+    for images, classes in campaigns.ready().validation:
+        outputs.append(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]))
+        targets.append(classes)
+    return accuracy(torch.cat(outputs), torch.cat(targets))
+
+
+def test_a_candidates_metric_is_that_of_its_file(folder: RunFolder) -> None:
+    candidate, steps = recover(folder)
+    assert steps == 4
+    assert candidate.metric == pytest.approx(measured(candidate.onnx), abs=1e-6)
+    assert candidate.plan.kept
+    assert candidate.plan.key == PLAN.key
+
+
+def test_nothing_is_trained_twice_even_by_another_process(folder: RunFolder) -> None:
+    first, _ = recover(folder)
+    again, steps = recover(folder)
+    assert steps == 0
+    assert again == first
+
+
+def test_another_schedule_or_plan_is_trained(folder: RunFolder) -> None:
+    recover(folder)
+    assert recover(folder, schedule=Schedule(epochs=0.5))[1] == 2
+    assert recover(folder, Plan(drop=frozenset({"block"})))[1] == 4
+
+
+@pytest.mark.parametrize("gone", ["json", "cut short"])
+def test_what_a_kill_left_behind_is_made_again(folder: RunFolder, gone: str) -> None:
+    """The record is written last, so without it the other files count for nothing."""
+    first, _ = recover(folder)
+    record = next(folder.path.glob("candidates/*.json"))
+    record.unlink()
+    if gone == "cut short":
+        first.weights.write_bytes(first.weights.read_bytes()[:100])
+        first.onnx.write_bytes(b"")
+    again, steps = recover(folder)
+    assert steps == 4
+    assert again.metric == first.metric
+    assert rebuild(campaigns.bench(), again.plan, again.weights) is not None
+
+
+def test_without_epochs_the_repaired_model_is_delivered(folder: RunFolder) -> None:
+    candidate, steps = recover(folder, schedule=Schedule(epochs=0))
+    assert (steps, candidate.losses) == (0, ())
+    assert candidate.metric == pytest.approx(measured(candidate.onnx), abs=1e-6)
+
+
+def test_training_that_makes_it_worse_is_undone(folder: RunFolder) -> None:
+    before, _ = recover(folder, schedule=Schedule(epochs=0))
+    spoilt, steps = recover(folder, schedule=Schedule(epochs=1, learning_rate=30.0))
+    assert steps == 4
+    assert spoilt.metric == before.metric
+    kept, repaired = load_file(spoilt.weights), load_file(before.weights)
+    assert all(torch.equal(kept[name], repaired[name]) for name in repaired)
+
+
+def test_the_model_is_rebuilt_from_plan_and_weights(folder: RunFolder) -> None:
+    bench = campaigns.bench()
+    candidate, _ = recover(folder)
+    again = bench.export(rebuild(bench, candidate.plan, candidate.weights), candidate.plan)
+    assert again.SerializeToString() == onnx.load(candidate.onnx).SerializeToString()
+
+
+def test_weights_of_another_plan_are_refused(folder: RunFolder, tmp_path: Path) -> None:
+    candidate, _ = recover(folder, schedule=Schedule(epochs=0))
+    with pytest.raises(PlanError, match="doesn't fit the plan"):
+        rebuild(campaigns.bench(), Plan(), candidate.weights)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"none")
+    with pytest.raises(PlanError, match=r"broken.safetensors"):
+        rebuild(campaigns.bench(), candidate.plan, broken)
+
+
+@pytest.mark.parametrize("content", ["", "[", '{"schema": "other"}'])
+def test_a_plan_file_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(PlanError):
+        read_plan(path, campaigns.bench())
+    with pytest.raises(PlanError, match="can't be read"):
+        read_plan(tmp_path / "missing.json", campaigns.bench())
+
+
+def test_a_damaged_record_is_named(folder: RunFolder) -> None:
+    recover(folder)
+    record = next(folder.path.glob("candidates/*.json"))
+    data = json.loads(record.read_text())
+    record.write_text(json.dumps({**data, "metric": None}))
+    with pytest.raises(RunFolderError, match=r"damaged.*delete it"):
+        recover(folder)
+
+
+def test_the_short_rung_trains_a_share_of_the_full_one() -> None:
+    assert short(SCHEDULE).epochs == pytest.approx(SCHEDULE.epochs * SHORT_SHARE)
+    assert short(SCHEDULE).learning_rate == SCHEDULE.learning_rate
