@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from automl_compress.search.campaign import Campaign
 from automl_compress.search.deliver import Verified, final_metric, verify
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.finalists import baselines, climb, finalists, within_budget
-from automl_compress.search.ladder import Candidate, Recovery, read_plan, rebuild
+from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild
 from automl_compress.search.sampler import SAMPLERS
+from automl_compress.search.settings import Settings, effective_config, reproduce
 from automl_compress.search.space import load_space, resolve
 from automl_compress.search.study import trial_counts
-from automl_compress.techniques.distill import Schedule
 
 DEFAULT_TRIALS = 100
 DEFAULT_EPOCHS = 3.0
@@ -88,13 +88,18 @@ def compress(
         "weights": str(weights) if weights else None,
         "storage": storage,
     }
-    settings = _Settings(limits=limits, options=options, deadline=time.monotonic() + timeout if timeout else None)
+    settings = Settings(
+        from_spec=isinstance(task, str),
+        limits=limits,
+        options=options,
+        deadline=time.monotonic() + timeout if timeout else None,
+    )
     with _campaign(task, settings, folder, progress) as campaign:
-        campaign.folder.write_yaml("config.yaml", {**options, "output": str(folder)})
         known = campaign.folder.read_json("result.json")
         if known is not None and known["status"] == "met":
             progress.note(f"{folder} holds a finished run; delete it to start anew")
             return Result.from_json(known, folder)
+        campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
         try:
             result = _run(campaign, settings)
         except InfeasibleError as error:
@@ -119,8 +124,9 @@ def work(
     """
     limits = parse_budget(options.pop("latency", None), options.pop("size", None), options.pop("memory", None))
     progress = progress or SilentProgress()
-    folder = Path(output) if output else _default_folder(task, limits).with_suffix(".worker")
-    settings = _Settings(limits=limits, options={"storage": storage, **options})
+    default = _default_folder(task, limits)
+    folder = Path(output) if output else default.with_name(f"{default.name}-worker-{os.getpid()}")
+    settings = Settings(limits=limits, options={"storage": storage, **options})
     with _campaign(task, settings, folder, progress) as campaign:
         campaign.learn()
         before = trial_counts(campaign.study())
@@ -139,38 +145,24 @@ def replay(
 ) -> Path:
     """Build a delivered model again from the original, the run's `plan.json` and its weights; returns the ONNX file.
 
-    Ranges of quantized layers are calibrated again on the first training samples. Raises PlanError for another model's.
+    Raises PlanError for another model's plan.
     """
     run = Path(run)
     loaded = _load(task, weights)
     graph = trace(loaded.model, loaded.example_inputs)
-    plan_file, weights_file = run / "plan.json", run / "best.safetensors"
-    for path in (plan_file, weights_file):
+    plan_path, weights_path = run / "plan.json", run / "best.safetensors"
+    for path in (plan_path, weights_path):
         if not path.is_file():
             raise PlanError(f"{path}: no such file; only a run that delivered a model can be replayed")
     bench = Workbench(loaded, graph)
-    plan = read_plan(plan_file, bench)
+    plan, ranges = read_plan(plan_path, bench)
     target = Path(output) if output else run / "replayed.onnx"
-    onnx.save(bench.export(rebuild(bench, plan, weights_file), plan), target)
+    onnx.save(bench.export(rebuild(bench, plan, weights_path), plan, ranges), target)
     return target
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    limits: Mapping[str, Limit]
-    options: Mapping[str, Any]
-    deadline: float | None = None
-    begun: float = field(default_factory=time.monotonic)
-
-    def left(self, share: float = 1.0) -> float | None:
-        """Seconds until this share of the time limit is used up, None without a limit."""
-        if self.deadline is None:
-            return None
-        return max(0.0, self.begun + (self.deadline - self.begun) * share - time.monotonic())
-
-
 @contextmanager
-def _campaign(task: Task | str, settings: _Settings, folder: Path, progress: Progress) -> Iterator[Campaign]:
+def _campaign(task: Task | str, settings: Settings, folder: Path, progress: Progress) -> Iterator[Campaign]:
     """Everything that a search needs, checked in the order of what is cheapest to get wrong."""
     options = settings.options
     if options.get("sampler", "budget") not in SAMPLERS:
@@ -190,7 +182,7 @@ def _campaign(task: Task | str, settings: _Settings, folder: Path, progress: Pro
         "task": _digest(loaded),
         "graph": graph.fingerprint,
         "space": space.fingerprint,
-        "profile": device_profile.name,
+        "profile": device_profile.path.stem,
         "budget": ", ".join(f"{m} {limit.text}" for m, limit in settings.limits.items()),
         "seed": str(options.get("seed") or 0),
     }
@@ -209,10 +201,10 @@ def _campaign(task: Task | str, settings: _Settings, folder: Path, progress: Pro
         )
 
 
-def _run(campaign: Campaign, settings: _Settings) -> Result:
+def _run(campaign: Campaign, settings: Settings) -> Result:
     """Search, recover, verify; a miss corrects the cost model and the search goes on."""
     campaign.learn()
-    trials, schedule = int(settings.options["trials"]), Schedule(epochs=float(settings.options["epochs"]))
+    trials, schedule = int(settings.options["trials"]), settings.schedule
     recovery = Recovery(campaign.bench, campaign.folder)
     for attempt in range(_DELIVERIES):
         plans = finalists(campaign, trials + attempt, settings.left(_EXPLORE_SHARE))
@@ -231,11 +223,11 @@ def _run(campaign: Campaign, settings: _Settings) -> Result:
     )
 
 
-def _delivered(campaign: Campaign, settings: _Settings, best: Candidate, verified: Verified) -> Result:
+def _delivered(campaign: Campaign, settings: Settings, best: Candidate, verified: Verified) -> Result:
     folder = campaign.folder
     folder.write_bytes("best.onnx", best.onnx.read_bytes())
     folder.write_bytes("best.safetensors", best.weights.read_bytes())
-    folder.write_json("plan.json", best.plan.to_json(campaign.bench.graph))
+    folder.write_json("plan.json", plan_file(best, campaign.bench))
     delivered = replace(verified.delivered, test_metric=final_metric(campaign, best))
     notes = list(verified.notes)
     for name, figures in verified.baselines.items():
@@ -299,26 +291,16 @@ def _result(campaign: Campaign, **fields: Any) -> Result:
     return Result(device=device, folder=campaign.folder.path, trials=campaign.trial_counts(), **fields)
 
 
-def _write(campaign: Campaign, settings: _Settings, result: Result) -> Result:
+def _write(campaign: Campaign, settings: Settings, result: Result) -> Result:
     """result.json and report.html; the JSON last, since its presence says that a run is finished."""
-    command = " ".join(
-        ["automl-compress search", *_arguments(settings.options), "-o", shlex.quote(str(campaign.folder.path))]
-    )
     try:
-        write_report(result, trial_rows(campaign), campaign.folder.path, commands=[command])
+        write_report(result, trial_rows(campaign), campaign.folder.path, commands=[reproduce(campaign, settings)])
     except OSError as error:
         raise CompressError(
             f"{error.filename}: can't be written ({error.strerror}); free some space and run again"
         ) from error
     campaign.folder.write_json("result.json", result.to_json())
     return result
-
-
-def _arguments(options: Mapping[str, Any]) -> Iterator[str]:
-    yield shlex.quote(str(options["task"]))
-    for name, value in options.items():
-        if name != "task" and value is not None:
-            yield f"--{name} {shlex.quote(str(value))}"
 
 
 def _load(task: Task | str, weights: str | Path | None) -> Task:

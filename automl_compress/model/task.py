@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -121,7 +123,7 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
     if task.test is not None:
         splits["test"] = _loader(task.test, "test")
     task = replace(task, **splits)
-    for split in splits:
+    for split in ("train", "validation"):  # the test split is read once, for the delivered model
         _first(task, split)
     inputs = task.example_inputs if task.example_inputs is not None else _first(task, "validation")[0]
     task = replace(task, example_inputs=_as_inputs(inputs, "example_inputs"))
@@ -139,13 +141,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the same pickles that are refused below
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise TaskError(
+            f"--weights {path}: holds pickled objects or is damaged; only tensors are ever loaded: save "
+            "model.state_dict() with torch.save, or as .safetensors"
+        ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TaskError(
-            f"--weights {path}: not a plain state dict ({reason[:160]}); pickled objects are never loaded: "
-            "save model.state_dict() with torch.save, or as .safetensors"
-        ) from error
+        raise TaskError(f"--weights {path}: can't be read as a state dict: {reason[:160]}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     try:

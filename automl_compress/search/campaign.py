@@ -184,7 +184,7 @@ class Campaign:
             limits = self._table_limits()
             found = loosest_optimum(
                 lambda scale: self._solve({metric: limit * scale for metric, limit in limits.items()}),
-                lambda plan: self.aim.met(self.predict(plan)),
+                self.fits,
             )
             known = (found or Plan()).to_json(self.bench.graph)
             self.folder.write_json("milp.json", known)
@@ -197,17 +197,28 @@ class Campaign:
         self._study = None  # its sampler proposed by the old predictions
 
     def describe(self, plan: Plan) -> str:
-        cost = self.predict(plan)
-        share = cost.latency_us / self.original.latency_us
-        return f"{share:.3f} of the latency, {cost.size_bytes / 1e3:.0f} KB (predicted)"
+        cost = self.cost(plan)
+        share, how = (
+            cost.latency_us / self.original.latency_us,
+            "measured" if plan.key in self.measured else "predicted",
+        )
+        return f"{share:.3f} of the latency, {cost.size_bytes / 1e3:.0f} KB ({how})"
+
+    def cost(self, plan: Plan) -> Cost:
+        """The plan's measured cost where it was measured, else the predicted one."""
+        return self.measured.get(plan.key) or self.predict(plan)
 
     def predict(self, plan: Plan) -> Cost:
-        """The plan's predicted cost, or its measured one where it was measured; the same plan is lowered once."""
-        if plan.key in self.measured:
-            return self.measured[plan.key]
+        """The plan's predicted cost; the same plan is lowered once."""
         if plan.key not in self._predicted:
             self._predicted[plan.key] = self.costs.predict(self.bench.structure(plan))
         return self._predicted[plan.key]
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the plan meets the budget: as measured, or as predicted with some room for the prediction's error."""
+        if plan.key in self.measured:
+            return self.budget.met(self.measured[plan.key])
+        return self.aim.met(self.predict(plan))
 
     @property
     def aim(self) -> Budget:
@@ -256,7 +267,7 @@ class Campaign:
     def ranked(self, count: int) -> list[Plan]:
         """Plans of finished trials, best first, that today's cost model still finds within the budget."""
         plans = [self.space.plan(trial.params) for trial in ranked(self.study(), count)]
-        return [plan for plan in plans if self.aim.met(self.predict(plan))]
+        return [plan for plan in plans if self.fits(plan)]
 
     def _floor(self, metric: str) -> float:
         """The lowest predicted figure of any plan that the table suggests as cheapest."""

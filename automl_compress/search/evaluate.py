@@ -33,6 +33,7 @@ CALIBRATION_SAMPLES = 512
 GRAM_SAMPLES = 1024
 ONE_SHOT_SAMPLES = 2048
 Outputs = tuple[np.ndarray, ...]
+Ranges = Mapping[str, tuple[float, float]]
 
 
 class Workbench:
@@ -82,7 +83,7 @@ class Workbench:
         return head(self.samples, CALIBRATION_SAMPLES)
 
     @cached_property
-    def _original_ranges(self) -> dict[str, tuple[float, float]]:
+    def _original_ranges(self) -> Ranges:
         """Activation ranges of the original for every tensor that some plan quantizes."""
         bits = {layer.name: 8 for layer in self.graph.layers}
         tensors = activation_tensors(self.original, bits)
@@ -111,14 +112,19 @@ class Workbench:
         model = self.template.fill(apply_plan(self.teacher, self.graph, plan), plan)
         return self._quantized(model, plan, self._original_ranges)
 
-    def export(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
-        """The finished ONNX model: layers with fewer than 32 bits quantized, ranges from training samples."""
+    def export(self, model: nn.Module, plan: Plan, ranges: Ranges | None = None) -> onnx.ModelProto:
+        """The finished ONNX model: layers with fewer than 32 bits quantized with `ranges`, by default those of
+        training samples."""
         filled = self.template.fill(model, plan)
+        return self._quantized(filled, plan, self.ranges(model, plan) if ranges is None else ranges)
+
+    def ranges(self, model: nn.Module, plan: Plan) -> Ranges:
+        """Value name -> (low, high) of every activation that the plan quantizes, from training samples."""
         bits = _low_bits(plan)
         if not bits:
-            return filled
-        ranges = calibrate(filled, self._feeds(self._calibration), activation_tensors(filled, bits))
-        return self._quantized(filled, plan, ranges)
+            return {}
+        filled = self.template.fill(model, plan)
+        return calibrate(filled, self._feeds(self._calibration), activation_tensors(filled, bits))
 
     def one_shot(self, plan: Plan) -> float:
         """The metric on validation samples after pruning, repair and quantization, without training."""
@@ -148,9 +154,7 @@ class Workbench:
         outputs = [torch_outputs(model, part) for part in inputs]
         return _distance(outputs, self._reference[: len(outputs)], self.task.classifies)
 
-    def _quantized(
-        self, model: onnx.ModelProto, plan: Plan, ranges: Mapping[str, tuple[float, float]]
-    ) -> onnx.ModelProto:
+    def _quantized(self, model: onnx.ModelProto, plan: Plan, ranges: Ranges) -> onnx.ModelProto:
         bits = _low_bits(plan)
         return quantize(model, bits, ranges) if bits else model
 
@@ -165,6 +169,7 @@ class Workbench:
     def _importance(self, model: nn.Module, group: ChannelGroup) -> Tensor:
         if self.importance == "obs":
             scores = elimination_scores(model, group, self.graph, self.grams)
+            # Where the consumers are too large or of a kind that has no Gram matrix, magnitude decides.
             return scores if scores is not None else criterion("l2")(model, group)
         return criterion(self.importance)(model, group)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import Plan
-from automl_compress.errors import InfeasibleError
+from automl_compress.errors import CompressError, InfeasibleError
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.ladder import SURVIVORS, Candidate, Recovery, short
@@ -27,6 +27,8 @@ def finalists(campaign: Campaign, trials: int, timeout: float | None = None) -> 
     """
     for number in range(_ROUNDS):
         campaign.explore(trials + number * max(8, trials // 4), timeout)
+        if not sum(campaign.trial_counts().values()):
+            raise CompressError("the time limit was over before the first trial; give more time, the caches are kept")
         pool = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key not in campaign.measured][:_CONFIRM]
         confirm(campaign, pool)
         passed = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key in campaign.measured]
@@ -103,4 +105,4 @@ def baselines(campaign: Campaign, schedule: Schedule, recovery: Recovery) -> dic
 
 def within_budget(campaign: Campaign, baselines: Mapping[str, Candidate]) -> list[Candidate]:
     """Those that are predicted to meet the budget: should one be best, it is what the user gets."""
-    return [c for c in baselines.values() if campaign.aim.met(campaign.predict(replace(c.plan, kept={})))]
+    return [c for c in baselines.values() if campaign.fits(c.plan)]

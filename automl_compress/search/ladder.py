@@ -18,7 +18,7 @@ from torch import nn
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import PlanError, RunFolderError
-from automl_compress.search.evaluate import Workbench
+from automl_compress.search.evaluate import Ranges, Workbench
 from automl_compress.techniques.distill import Schedule, Step, distill
 from automl_compress.techniques.prune import apply_plan
 
@@ -28,9 +28,10 @@ SURVIVORS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A plan's recovered model: its selected channels, validation metric, weights and ONNX file."""
+    """A plan's recovered model: its selected channels, activation ranges, validation metric, weights and ONNX file."""
 
     plan: Plan
+    ranges: Ranges
     metric: float
     weights: Path
     onnx: Path
@@ -52,13 +53,20 @@ def rebuild(bench: Workbench, plan: Plan, weights: Path) -> nn.Module:
     return model.eval()
 
 
-def read_plan(path: Path, bench: Workbench) -> Plan:
-    """A plan file, checked against the model. Raises PlanError."""
+def read_plan(path: Path, bench: Workbench) -> tuple[Plan, Ranges]:
+    """A delivered plan file, checked against the model, and the ranges of its activations. Raises PlanError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{path}: can't be read ({error})") from error
-    return Plan.from_json(data, bench.graph)
+        ranges = {str(value): (float(low), float(high)) for value, (low, high) in data.get("ranges", {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PlanError(f"{path}: can't be read as a plan ({error})") from error
+    return Plan.from_json(data, bench.graph), ranges
+
+
+def plan_file(candidate: Candidate, bench: Workbench) -> dict[str, Any]:
+    """What `read_plan` reads: with the original and the weights, all that makes the delivered model again."""
+    ranges = {value: list(limits) for value, limits in candidate.ranges.items()}
+    return {**candidate.plan.to_json(bench.graph), "ranges": ranges}
 
 
 def short(schedule: Schedule) -> Schedule:
@@ -83,7 +91,8 @@ class Recovery:
         if known is not None:
             return known
         model, full = self._bench.student(plan)
-        exported = self._bench.export(model, full)
+        ranges = self._bench.ranges(model, full)
+        exported = self._bench.export(model, full, ranges)
         metric, seconds = self._bench.metric(exported, "validation"), 0.0
         losses: tuple[float, ...] = ()
         if schedule.epochs > 0:
@@ -91,10 +100,11 @@ class Recovery:
                 model, self._bench.teacher, self._bench.task, schedule, seed=self._bench.seed, on_step=on_step
             )
             losses, seconds = log.losses, log.seconds
-            trained = self._bench.export(model, full)
+            new_ranges = self._bench.ranges(model, full)
+            trained = self._bench.export(model, full, new_ranges)
             reached = self._bench.metric(trained, "validation")
             if reached >= metric:
-                exported, metric = trained, reached
+                exported, metric, ranges = trained, reached, new_ranges
             else:  # a schedule that is too short or too hot can undo what the one-shot repair had reached
                 model, full = self._bench.student(plan)
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -102,13 +112,22 @@ class Recovery:
         path = self._folder.write_bytes(f"{name}.onnx", exported.SerializeToString())
         record = {
             "plan": full.to_json(self._bench.graph),
+            "ranges": {value: list(limits) for value, limits in ranges.items()},
             "metric": metric,
             "losses": list(losses),
             "seconds": seconds,
             "epochs": schedule.epochs,
         }
         self._folder.write_json(f"{name}.json", record)  # last: its presence says that the others are complete
-        return Candidate(plan=full, metric=metric, weights=weights, onnx=path, losses=tuple(losses), seconds=seconds)
+        return Candidate(
+            plan=full,
+            ranges=ranges,
+            metric=metric,
+            weights=weights,
+            onnx=path,
+            losses=losses,
+            seconds=seconds,
+        )
 
     def _load(self, name: str, schedule: Schedule) -> Candidate | None:
         record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
@@ -117,6 +136,7 @@ class Recovery:
         try:
             return Candidate(
                 plan=Plan.from_json(record["plan"], self._bench.graph),
+                ranges={value: (float(low), float(high)) for value, (low, high) in record["ranges"].items()},
                 metric=float(record["metric"]),
                 weights=self._folder.file(*f"{name}.safetensors".split("/")),
                 onnx=self._folder.file(*f"{name}.onnx".split("/")),

@@ -105,7 +105,7 @@ class SpaceFile(_Strict):
 
     name: str
     description: str = ""
-    importance: Literal["l1", "l2"] = "l2"
+    importance: Literal["l1", "l2", "obs"] = "l2"
     width: list[Width] | Width = Field(default_factory=lambda: [1.0])
     rules: tuple[Rule, ...] = Field(min_length=1)
 

@@ -75,5 +75,6 @@ def _load(file: Path | None) -> dict[str, float]:
 
 def _append(file: Path | None, key: str, value: float) -> None:
     if file is not None:
+        torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
         with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"option": key, "distance": value}) + "\n")
+            stream.write("\n" * torn + json.dumps({"option": key, "distance": value}) + "\n")

@@ -51,12 +51,12 @@ class SearchSpace:
 
     decisions   the choices that have more than one option
     fixed       decision name -> the only option, for choices that have one
-    importance  by which norm of its weights a channel is kept: 'l1' or 'l2'
+    importance  which channels are kept: by a norm of their weights, 'l1' or 'l2', or by elimination, 'obs'
     notes       what the rules offered and why it isn't offered here, one line each
     """
 
     name: str
-    importance: Literal["l1", "l2"] = "l2"
+    importance: Literal["l1", "l2", "obs"] = "l2"
     decisions: tuple[Decision, ...]
     fixed: Mapping[str, Option] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

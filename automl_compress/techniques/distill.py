@@ -33,9 +33,9 @@ class Schedule:
     """
 
     epochs: float = 3.0
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
     weight_decay: float = 5e-4
-    temperature: float = 4.0
+    temperature: float = 6.0
     soft_share: float = 0.9
     clip: float = 5.0
 

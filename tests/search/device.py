@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from automl_compress.hardware import probe
 
@@ -27,9 +27,9 @@ def node_us(kernel: Mapping[str, Any]) -> float:
 
 
 class TimelessRuntime:
-    """A channel to `Device`. `launched` collects all of them, so that a test can count what was asked."""
+    """A channel to `Device`. `asked` counts over all of them what was asked."""
 
-    asked: Counter[str] = Counter()
+    asked: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = dict(settings)

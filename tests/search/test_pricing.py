@@ -16,9 +16,7 @@ SPACE = networks.space_of(GRAPH)
 
 
 def shapes(plan: Plan) -> set[tuple[str, int, int, int]]:
-    return {
-        (GRAPH.layer[name].key, *widths, plan.layer_bits(name)) for name, widths in plan.widths(GRAPH).items()
-    }
+    return {(GRAPH.layer[name].key, *widths, plan.layer_bits(name)) for name, widths in plan.widths(GRAPH).items()}
 
 
 def test_every_shape_at_full_student_width_is_shown() -> None:
@@ -34,7 +32,9 @@ def _widths(groups, layer, side):  # type: ignore[no-untyped-def]
     if not groups:
         return [layer.in_channels if side == "in" else layer.out_channels]
     size = GRAPH.group[groups[0]].size
-    kept = {Plan(sparsity={groups[0]: float(s)}).kept_count(groups[0], size) for s in SPACE.options(f"sparsity.{groups[0]}")}
+    kept = {
+        Plan(sparsity={groups[0]: float(s)}).kept_count(groups[0], size) for s in SPACE.options(f"sparsity.{groups[0]}")
+    }
     return [layer_width(GRAPH, layer, side, {groups[0]: count}) for count in kept]
 
 
@@ -66,7 +66,9 @@ def kernels(plan: Plan) -> list[Kernel]:
     result = [Kernel(key="none", op="Softmax", layer=None, mean_us=5.0)]
     for name, (inputs, outputs) in plan.widths(GRAPH).items():
         cost = inputs * outputs * plan.layer_bits(name) / 32
-        result += [Kernel(key=f"{name}{i}", op="Conv", layer=name, mean_us=cost * share) for i, share in ((0, 0.9), (1, 0.1))]
+        result += [
+            Kernel(key=f"{name}{i}", op="Conv", layer=name, mean_us=cost * share) for i, share in ((0, 0.9), (1, 0.1))
+        ]
     return result
 
 

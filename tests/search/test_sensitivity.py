@@ -28,7 +28,9 @@ class Counting(Workbench):
 @pytest.fixture
 def bench() -> Counting:
     fresh = Counting(campaigns.ready(), campaigns.graph(), importance="l2")
-    fresh.__dict__.update({k: v for k, v in campaigns.bench().__dict__.items() if k in ("template", "samples", "grams")})
+    fresh.__dict__.update(
+        {k: v for k, v in campaigns.bench().__dict__.items() if k in ("template", "samples", "grams")}
+    )
     return fresh
 
 

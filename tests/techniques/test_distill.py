@@ -86,7 +86,9 @@ def test_the_same_seed_makes_the_same_student() -> None:
     shuffled = prepare(Task(model=net(0), train=(X, Y), validation=(X, Y)))
     one, other, third = (train(net(), shuffled, epochs=2, seed=seed)[0].state_dict() for seed in (5, 5, 6))
     assert all(torch.equal(one[key], other[key]) for key in one)
-    ready = prepare(Task(model=net(0), train=torch.utils.data.TensorDataset(X.repeat(9, 1), Y.repeat(9)), validation=(X, Y)))
+    ready = prepare(
+        Task(model=net(0), train=torch.utils.data.TensorDataset(X.repeat(9, 1), Y.repeat(9)), validation=(X, Y))
+    )
     one, third = (train(net(), ready, epochs=1, seed=seed)[0].state_dict() for seed in (5, 6))
     assert any(not torch.equal(one[key], third[key]) for key in one)
 
@@ -123,7 +125,7 @@ def test_frozen_parameters_stay_as_they_are() -> None:
 
 
 def test_a_wholly_frozen_model_is_refused_with_the_way_out() -> None:
-    with pytest.raises(TrainingError, match="requires_grad.*--epochs 0"):
+    with pytest.raises(TrainingError, match=r"requires_grad.*--epochs 0"):
         train(net().requires_grad_(False))
 
 

@@ -65,5 +65,5 @@ def test_coupled_layers_all_have_a_say() -> None:
 
 
 def test_an_unknown_criterion_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(SpaceError, match="'best'.*l1, l2"):
+    with pytest.raises(SpaceError, match=r"'best'.*l1, l2"):
         criterion("best")

@@ -118,7 +118,9 @@ def test_the_refit_brings_a_convolutional_network_nearer_to_the_original(name: s
     plan = Plan(kept={group.name: tuple(range(group.size - 1))})
     plain, repaired = apply_plan(model, graph, plan), apply_plan(model, graph, plan)
     refit(repaired, model, graph, plan, collect_grams(model, graph, batches()))
-    before, after = (sum(float(((m(*x) - model(*x)) ** 2).mean().detach()) for x in batches()) for m in (plain, repaired))
+    before, after = (
+        sum(float(((m(*x) - model(*x)) ** 2).mean().detach()) for x in batches()) for m in (plain, repaired)
+    )
     if name == "Concatenated":  # its consumer is a depthwise convolution, which is left as it is
         assert after <= before
     else:

@@ -1,0 +1,69 @@
+"""What a run was asked for, what of it takes effect, and how to ask for it again."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from automl_compress import __version__
+from automl_compress.core.budget import Limit
+from automl_compress.search.campaign import Campaign
+from automl_compress.techniques.distill import Schedule
+
+_LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of one run with their defaults filled in. `from_spec`: the task was named, not handed over."""
+
+    limits: Mapping[str, Limit]
+    options: Mapping[str, Any]
+    from_spec: bool = True
+    deadline: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+
+    def left(self, share: float = 1.0) -> float | None:
+        """Seconds until this share of the time limit is used up, None without a limit."""
+        if self.deadline is None:
+            return None
+        return max(0.0, self.begun + (self.deadline - self.begun) * share - time.monotonic())
+
+    @property
+    def schedule(self) -> Schedule:
+        """The full distillation's."""
+        return Schedule(epochs=float(self.options["epochs"]))
+
+
+def effective_config(campaign: Campaign, settings: Settings) -> dict[str, Any]:
+    """Everything effective: options with their defaults filled in, the schedule, the profile, the space, versions."""
+    profile, space = campaign.device.profile, campaign.space
+    return {
+        **settings.options,
+        "output": str(campaign.folder.path),
+        "schedule": asdict(settings.schedule),
+        "device": {"file": str(profile.path), **profile.header.model_dump(mode="json")},
+        "search_space": {
+            "importance": space.importance,
+            "decisions": {d.name: list(d.options) for d in space.decisions},
+            "fixed": dict(space.fixed),
+        },
+        "versions": {"automl-compress": __version__, **{name: version(name) for name in _LIBRARIES}},
+    }
+
+
+def reproduce(campaign: Campaign, settings: Settings) -> str:
+    """How to start the same run again: a command line, or a call where the task was an object."""
+    options = {k: v for k, v in settings.options.items() if v is not None and k != "task"}
+    task, folder = settings.options["task"], str(campaign.folder.path)
+    if not settings.from_spec:
+        words = [f"{name}={value!r}" for name, value in options.items()]
+        return f"compress(task, {', '.join([*words, f'output={folder!r}'])})  # task: {task}"
+    if "timeout" in options:
+        options["timeout"] = f"{options['timeout']:g}s"
+    words = [word for name, value in options.items() for word in (f"--{name}", shlex.quote(str(value)))]
+    return " ".join(["automl-compress search", shlex.quote(task), *words, "-o", shlex.quote(folder)])

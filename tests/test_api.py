@@ -1,0 +1,278 @@
+"""The whole flow on a tiny task: what is delivered meets the budget and can be made again, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import optuna
+import pytest
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from automl_compress import api, cli
+from automl_compress.core.result import Result
+from automl_compress.errors import PlanError, RunFolderError
+from automl_compress.hardware.device import Device
+from tests import mortal, tiny
+from tests.search.campaigns import RULES
+from tests.search.device import TimelessRuntime
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = {"latency": "60%", "size": "60%"}
+EFFORT: dict[str, Any] = {"trials": 8, "epochs": 1}
+FILES = {
+    "best.onnx", "best.safetensors", "config.yaml", "original.onnx", "plan.json", "report.html", "result.json",
+    "run.json", "study.journal",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def asked() -> Counter[str]:
+    """What the device was asked, over all runs of this module."""
+    return Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_clock(tmp_path_factory: pytest.TempPathFactory, asked: Counter[str]) -> Iterator[None]:
+    class Counted(TimelessRuntime):
+        pass
+
+    Counted.asked = asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOML_COMPRESS_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setattr(api, "Device", partial(Device, launch=Counted))
+        yield
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("space") / "small.yaml"
+    path.write_text(yaml.safe_dump(RULES), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def delivered(tmp_path_factory: pytest.TempPathFactory, space: str) -> Result:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    return api.compress(tiny.task(), space=space, output=folder, **BUDGET, **EFFORT)
+
+
+def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    (summary,) = optuna.get_all_study_summaries(storage)
+    return optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
+
+
+def evaluated(folder: Path) -> list[str]:
+    """The plans of the trials that evaluated one."""
+    found = [t for t in trials(folder) if t.state.name == "COMPLETE" and "repeat_of" not in t.user_attrs]
+    return [t.user_attrs["plan"] for t in found]
+
+
+def outputs(path: Path, images: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
+
+
+def accuracy(path: Path, seed: int, count: int) -> float:
+    images, classes = (part.numpy() for part in tiny.split(count, seed))
+    return float((outputs(path, images).argmax(axis=1) == classes).mean())
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def arguments(task: str, folder: Path, space: str, **options: str) -> list[str]:
+    words = {"latency": "60%", "trials": "8", "epochs": "0", **options}
+    pairs = [word for name, value in words.items() if value for word in (f"--{name}", value)]
+    return ["search", task, "--space", space, "-o", str(folder), "-q", *pairs]
+
+
+def test_the_delivered_model_meets_the_budget(delivered: Result) -> None:
+    assert delivered.status == "met"
+    figures, original = delivered.delivered, delivered.original
+    assert figures is not None
+    assert original is not None
+    assert figures.latency_us <= delivered.budget["latency"] <= 0.6 * original.latency_us * 1.001
+    assert figures.size_bytes <= delivered.budget["size"]
+    assert figures.metric > 0.7
+
+
+def test_the_run_folder_is_complete_and_consistent(delivered: Result) -> None:
+    folder = delivered.folder
+    assert folder is not None
+    assert {child.name for child in folder.iterdir()} >= FILES
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".writing")]
+    data = result_of(folder)
+    assert data == json.loads(json.dumps(delivered.to_json()))
+    assert data["delivered"]["plan"]["kept"] == json.loads((folder / "plan.json").read_text())["kept"]
+    assert {"original", "delivered", "baselines", "budget", "status"} <= set(data)
+    for figures in (data["original"], data["delivered"], *data["baselines"].values()):
+        assert {"metric", "latency_us", "size_bytes", "memory_bytes"} <= set(figures)
+    assert {"predicted_latency_us", "test_metric", "plan"} <= set(data["delivered"])
+    assert set(data["baselines"]) == {"uniform-int8", "milp"}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trials"] == EFFORT["trials"]
+    assert config["latency"] == BUDGET["latency"]
+    assert "<html" in (folder / "report.html").read_text()
+
+
+def test_the_figures_hold_when_measured_with_nothing_but_the_runtime(delivered: Result) -> None:
+    folder, figures, original = delivered.folder, delivered.delivered, delivered.original
+    assert folder is not None
+    assert figures is not None
+    assert original is not None
+    best = folder / "best.onnx"
+    assert best.stat().st_size == figures.size_bytes
+    assert (folder / "original.onnx").stat().st_size == original.size_bytes
+    assert accuracy(best, seed=2, count=400) == pytest.approx(figures.metric, abs=1e-6)
+    assert accuracy(best, seed=3, count=200) == pytest.approx(figures.test_metric, abs=1e-6)
+    assert accuracy(folder / "original.onnx", seed=2, count=400) == pytest.approx(original.metric, abs=1e-6)
+
+
+def test_any_batch_size_gives_the_same_answers(delivered: Result) -> None:
+    assert delivered.folder is not None
+    images = tiny.split(7, 5)[0].numpy()
+    together = outputs(delivered.folder / "best.onnx", images)
+    alone = np.concatenate([outputs(delivered.folder / "best.onnx", images[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_the_plan_replays_to_the_same_model(delivered: Result, tmp_path: Path) -> None:
+    assert delivered.folder is not None
+    again = api.replay(delivered.folder, tiny.task(), output=tmp_path / "again.onnx")
+    images = tiny.split(64, 5)[0].numpy()
+    np.testing.assert_allclose(
+        outputs(again, images), outputs(delivered.folder / "best.onnx", images), rtol=1e-3, atol=1e-3
+    )
+    with pytest.raises(PlanError, match="no such file"):
+        api.replay(tmp_path, tiny.task())
+
+
+def test_every_trial_says_what_it_decided_and_what_that_was_predicted_to_cost(delivered: Result) -> None:
+    assert delivered.folder is not None
+    finished = [t for t in trials(delivered.folder) if t.state.is_finished()]
+    assert len(finished) >= EFFORT["trials"]
+    for trial in finished:
+        assert set(trial.constraints) == {"latency", "size"}
+        assert {name.split(".")[0] for name in trial.params} <= {"width", "sparsity", "drop", "bits"}
+        assert (trial.state.name == "COMPLETE") == all(value <= 0 for value in trial.constraints.values())
+    plans = evaluated(delivered.folder)
+    assert len(plans) == len(set(plans))
+
+
+def test_a_finished_run_is_not_run_again(delivered: Result, space: str, asked: Counter[str]) -> None:
+    assert delivered.folder is not None
+    before, was = dict(asked), (delivered.folder / "result.json").read_bytes()
+    again = api.compress(tiny.task(), space=space, output=delivered.folder, **BUDGET, **EFFORT)
+    assert again.to_json() == delivered.to_json()
+    assert dict(asked) == before
+    assert (delivered.folder / "result.json").read_bytes() == was
+
+
+def test_a_second_search_measures_no_kernel_and_finds_the_same(delivered: Result, space: str, tmp_path: Path) -> None:
+    profile = Path(delivered.device["file"])
+    before = profile.read_bytes()
+    again = api.compress(tiny.task(), space=space, output=tmp_path / "second", **BUDGET, **EFFORT)
+    assert profile.read_bytes() == before
+    assert delivered.folder is not None
+    assert evaluated(tmp_path / "second") == evaluated(delivered.folder)
+    assert again.delivered is not None
+    assert delivered.delivered is not None
+    assert again.delivered.plan == delivered.delivered.plan
+    assert again.delivered.metric == delivered.delivered.metric
+    assert (tmp_path / "second" / "best.onnx").read_bytes() == (delivered.folder / "best.onnx").read_bytes()
+
+
+def test_another_tasks_or_budgets_folder_is_refused(delivered: Result, space: str) -> None:
+    assert delivered.folder is not None
+    before = {path: path.read_bytes() for path in delivered.folder.iterdir() if path.is_file()}
+    with pytest.raises(RunFolderError, match="its task is"):
+        api.compress(tiny.other(), space=space, output=delivered.folder, **BUDGET, **EFFORT)
+    with pytest.raises(RunFolderError, match="its budget is"):
+        api.compress(tiny.task(), space=space, output=delivered.folder, size="30%", **EFFORT)
+    spec = f"{ROOT / 'tests' / 'tiny.py'}:other"
+    assert cli.main(arguments(spec, delivered.folder, space, **BUDGET)) == 2
+    assert {path: path.read_bytes() for path in delivered.folder.iterdir() if path.is_file()} == before
+
+
+def test_an_unreachable_budget_ends_with_the_nearest_that_is_reachable(
+    space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = str(ROOT / "tests" / "tiny.py")
+    assert cli.main([*arguments(spec, tmp_path / "run", space, latency="1%"), "--json"]) == 3
+    shown = json.loads(capsys.readouterr().out)
+    data = result_of(tmp_path / "run")
+    assert shown == data
+    assert data["status"] == "infeasible"
+    assert data["nearest"]["latency"] > data["budget"]["latency"]
+    assert data["binding"]
+    assert data["delivered"] is None
+    assert data["original"]["latency_us"] > data["nearest"]["latency"]
+    assert not (tmp_path / "run" / "best.onnx").exists()
+
+
+def test_an_interrupted_search_says_so_and_goes_on(space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = arguments(mortal.__file__, tmp_path / "run", space, trials="6")
+    monkeypatch.setenv("AC_TEST_CALL", "4")
+    monkeypatch.setenv("AC_TEST_SIGNAL", str(int(signal.SIGINT)))
+    assert cli.main(command) == 130
+    data = result_of(tmp_path / "run")
+    assert data["status"] == "interrupted"
+    assert data["original"]["size_bytes"] > 0
+    before = evaluated(tmp_path / "run")
+    assert before
+    monkeypatch.setenv("AC_TEST_CALL", "0")
+    assert cli.main(command) == 0
+    assert result_of(tmp_path / "run")["status"] == "met"
+    plans = evaluated(tmp_path / "run")
+    assert plans[: len(before)] == before
+    assert len(plans) == len(set(plans))
+
+
+def hasty(path: Path) -> str:
+    """The shipped profile of this machine with a protocol that doesn't try to be precise."""
+    header = yaml.safe_load((ROOT / "hardware_profiles" / "local.yaml").read_text(encoding="utf-8"))
+    header["name"] = "hasty"
+    header["protocol"] |= {"bursts": 3, "burst_runs": 5, "warm_up_runs": 1, "trace_rounds": 1, "trace_runs": 9}
+    path.write_text(yaml.safe_dump(header), encoding="utf-8")
+    return str(path)
+
+
+def test_a_search_that_was_killed_goes_on_without_evaluating_a_plan_twice(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real device and a real process; the budget is one of size, so no clock decides."""
+    folder, profile = tmp_path / "run", hasty(tmp_path / "hasty.yaml")
+    task = str(ROOT / "tests" / "mortal.py")
+    command = arguments(task, folder, space, latency="", size="50%", trials="6", profile=profile)
+    monkeypatch.setenv("AC_TEST_CALL", "4")
+    monkeypatch.setenv("AC_TEST_SIGNAL", str(int(signal.SIGKILL)))
+    killed = subprocess.run([sys.executable, "-m", "automl_compress", *command], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (folder / "result.json").exists()
+    before = evaluated(folder)
+    assert before
+    monkeypatch.setenv("AC_TEST_CALL", "0")
+    monkeypatch.setattr(api, "Device", Device)
+    assert cli.main(command) == 0
+    data = result_of(folder)
+    assert data["status"] == "met"
+    assert data["delivered"]["size_bytes"] == (folder / "best.onnx").stat().st_size <= data["budget"]["size"]
+    assert accuracy(folder / "best.onnx", seed=2, count=400) == pytest.approx(data["delivered"]["metric"], abs=1e-6)
+    plans = evaluated(folder)
+    assert set(before) <= set(plans)
+    assert len(plans) == len(set(plans)), "a plan was evaluated twice"
+    assert not [trial for trial in trials(folder) if trial.state.name == "RUNNING"]
