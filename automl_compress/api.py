@@ -309,13 +309,11 @@ def _load(task: Task | str, weights: str | Path | None) -> Task:
 
 
 def _digest(task: Task) -> str:
-    """Identifies the trained model and its validation data: a run folder belongs to both."""
+    """Identifies the trained model and how much validation data there is; its order may differ from run to run."""
     digest = hashlib.sha256()
     for name, value in sorted(task.model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    inputs, targets = next(iter(task.batches("validation")))
-    for part in (*inputs, targets):
-        digest.update(part.cpu().contiguous().numpy().tobytes())
+    digest.update(str(len(task.validation) if hasattr(task.validation, "__len__") else None).encode())
     return digest.hexdigest()[:16]
 
 

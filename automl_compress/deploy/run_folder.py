@@ -106,6 +106,8 @@ class RunFolder:
                 raise RunFolderError(f"run folder {self.path} is not empty and is not a run's; choose another with -o")
             self.write_json(_IDENTITY, dict(identity))
             return
+        if not isinstance(found, dict):
+            raise RunFolderError(f"{self.path / _IDENTITY}: damaged; choose another folder with -o")
         for name, value in identity.items():
             if found.get(name) != value:
                 raise RunFolderError(

@@ -306,7 +306,7 @@ square log1p pow reciprocal dropout dropout_ feature_dropout alpha_dropout add a
 minimum where rsub selu celu logsigmoid softsign erf sin cos"""
 _SAME = "clone contiguous detach alias to _to_copy type_as lift_fresh_copy dropout native_dropout"
 _SPATIAL = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d upsample_nearest1d"""
+adaptive_avg_pool3d upsample_nearest2d upsample_bilinear2d upsample_nearest1d"""
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE.split(), pointwise),

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -196,6 +196,8 @@ def _loader(data: Any, split: str, *, shuffle: bool = False) -> Iterable[Any]:
     if data is None:
         raise TaskError(f"task: {split} data is missing")
     if isinstance(data, DataLoader):
+        if isinstance(data.dataset, Sized) and len(data.dataset) == 0:
+            raise TaskError(f"task: {split} data is empty")
         return data
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         if len(data[0]) != len(data[1]):
@@ -209,6 +211,8 @@ def _loader(data: Any, split: str, *, shuffle: bool = False) -> Iterable[Any]:
         raise TaskError(
             f"task: {split} can be read only once ({type(data).__name__}); give a DataLoader, Dataset or list"
         )
+    if isinstance(data, Sized) and len(data) == 0:
+        raise TaskError(f"task: {split} data is empty")
     if not isinstance(data, Iterable):
         raise TaskError(
             f"task: {split} must be a DataLoader, Dataset, list of batches or pair of tensors, "

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,13 @@ def count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[dict[str, 
     from fvcore.nn import FlopCountAnalysis
 
     with quiet(), torch.no_grad():
+        try:
+            model(*inputs)
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            raise TaskError(
+                f"the model's forward fails for a single sample ({first[:200]}); it must take any batch"
+            ) from error
         analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.tracer_warnings("none")
         by_module = {name: int(count) for name, count in analysis.by_module().items()}
@@ -120,7 +128,7 @@ def _layer(walk: Walk, use: LayerUse, stored: dict[str, Tensor], macs: dict[str,
         in_channels=source[1] if use.kind == "conv" else source[-1],
         out_channels=output[1] if use.kind == "conv" else output[-1],
         kernel=tuple(weight.shape[2:]),
-        stride=_pair(use.node.args[3] if use.kind == "conv" and len(use.node.args) > 3 else ()),
+        stride=_stride(use, weight.ndim - 2),
         groups=use.groups,
         in_axis=use.in_axis,
         out_axis=use.out_axis,
@@ -131,8 +139,12 @@ def _layer(walk: Walk, use: LayerUse, stored: dict[str, Tensor], macs: dict[str,
     )
 
 
-def _pair(value: object) -> tuple[int, ...]:
-    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else ()
+def _stride(use: LayerUse, dims: int) -> tuple[int, ...]:
+    """A convolution's stride along each spatial dimension; the exported graph leaves a stride of 1 out."""
+    if use.kind == "linear":
+        return ()
+    found: Any = use.node.args[3] if len(use.node.args) > 3 else 1
+    return tuple(int(v) for v in found) if isinstance(found, (list, tuple)) else (int(found),) * dims
 
 
 def _link(graph: Graph) -> Graph:

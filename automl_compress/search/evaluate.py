@@ -134,6 +134,8 @@ class Workbench:
     def metric(self, model: onnx.ModelProto, data: Sequence[tuple[Inputs, Tensor]] | str) -> float:
         """The task's metric of an ONNX model on samples, or on a whole split by name."""
         batches = list(self.task.batches(data)) if isinstance(data, str) else data
+        if not batches:
+            raise TaskError(f"task: {data if isinstance(data, str) else 'validation'} data is empty")
         outputs = self._outputs(model, [inputs for inputs, _ in batches])
         targets = torch.cat([target for _, target in batches])
         parts = tuple(torch.from_numpy(np.concatenate(column)) for column in zip(*outputs, strict=True))

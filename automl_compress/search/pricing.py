@@ -7,7 +7,7 @@ the reorders, conversions and additions that ran with it, averaged over the vari
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,9 +131,9 @@ def _reachable(space: SearchSpace, graph: Graph) -> set[tuple[str, Shape]]:
     """Every (layer key, shape) at full student width, for layers with at most one group on each side."""
     result: set[tuple[str, Shape]] = set()
     for layer in graph.layers:
-        bits = _options(space, f"bits.{layer.name}")
-        for one in _options(space, *(f"sparsity.{g}" for g in layer.in_groups[:1])):
-            for other in _options(space, *(f"sparsity.{g}" for g in layer.out_groups[:1])):
+        bits = space.options(f"bits.{layer.name}") or (FULL_BITS,)
+        for one in _sparsities(space, layer.in_groups):
+            for other in _sparsities(space, layer.out_groups):
                 sparsity: Mapping[str, float] = {
                     **{g: float(one) for g in layer.in_groups},
                     **{g: float(other) for g in layer.out_groups},
@@ -143,7 +143,6 @@ def _reachable(space: SearchSpace, graph: Graph) -> set[tuple[str, Shape]]:
     return result
 
 
-def _options(space: SearchSpace, *names: str) -> Iterable[Any]:
-    for name in names:
-        return space.options(name)
-    return (0.0,)
+def _sparsities(space: SearchSpace, groups: Sequence[str]) -> Sequence[Any]:
+    """The first group's options; none to choose from means that everything stays."""
+    return (space.options(f"sparsity.{groups[0]}") if groups else ()) or (0.0,)

@@ -123,11 +123,15 @@ def _gradient(
     student: nn.Module, teacher: nn.Module, task: Task, inputs: tuple[Tensor, ...], targets: Tensor, schedule: Schedule
 ) -> float:
     student.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        soft = teacher(*inputs)
     try:
+        with torch.no_grad():
+            soft = teacher(*inputs)
         loss = distillation_loss(task, student(*inputs), soft, targets, schedule)
         loss.backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError) as error:
+        shapes = ", ".join(str(tuple(part.shape)) for part in inputs)
+        first = str(error).partition("\n")[0]
+        raise TrainingError(f"a training step on inputs {shapes} failed: {first}") from error
     except IndexError as error:  # cross-entropy on a class that the model doesn't have
         raise TaskError(f"task: train labels are out of range: {error}") from error
     return float(loss.detach())
@@ -159,6 +163,8 @@ def _endless(task: Task, steps: int) -> Iterator[Batch]:
         before = done
         try:
             for batch in task.batches("train"):
+                if len(batch[1]) == 1 and done:
+                    continue  # the remainder of a pass: batch-norm can't train on a single sample
                 yield batch
                 done += 1
                 if done == steps:

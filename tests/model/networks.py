@@ -113,9 +113,7 @@ class Odd(nn.Module):
         return self.head(torch.cumsum(self.conv(x), dim=1).mean((2, 3)))
 
 
-NETWORKS = {
-    network.__name__: network for network in (ResNet, Flattened, Concatenated, Padded, HardWired, Tied, Odd)
-}
+NETWORKS = {network.__name__: network for network in (ResNet, Flattened, Concatenated, Padded, HardWired, Tied, Odd)}
 INPUT = (2, 3, 8, 8)
 
 

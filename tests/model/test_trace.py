@@ -96,7 +96,10 @@ def test_residual_branches_can_be_removed_and_leave_the_shortcut() -> None:
 
 def test_a_removed_branch_follows_the_width_of_its_shortcut() -> None:
     model, graph, x = traced("ResNet")
-    assert cut(model, graph, kept={"second.conv2": [0, 3, 4], "stem": [1, 2]}, drop=["first", "second"])(x).shape == (2, 5)
+    assert cut(model, graph, kept={"second.conv2": [0, 3, 4], "stem": [1, 2]}, drop=["first", "second"])(x).shape == (
+        2,
+        5,
+    )
 
 
 def test_layers_carry_shapes_and_multiply_adds_worked_out_by_hand() -> None:

@@ -177,5 +177,3 @@ def test_a_missing_shape_is_scaled_from_the_nearest_one() -> None:
     table = table_for(space_of(graph), graph)
     known = table.cost("head", (8, 10, 8))
     assert table.cost("head", (6, 10, 8)).size_bytes == pytest.approx(known.size_bytes * 6 / 8)
-
-

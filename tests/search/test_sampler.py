@@ -161,9 +161,7 @@ def test_losses_that_are_all_zero_teach_nothing() -> None:
 def test_samplers_of_optuna_run_with_the_same_constraints(name: str) -> None:
     bench = Bench()
     decoder = Decoder(bench.space, bench.graph, bench.table)
-    sampler = make_sampler(
-        name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0
-    )
+    sampler = make_sampler(name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)
     study = bench.run(8, sampler)
     assert all(list(t.constraints) == ["latency", "size"] for t in study.trials)
 
