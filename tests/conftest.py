@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ for variable, folder in (("AC_DATA_DIR", SHARED / "data"), ("AC_WEIGHTS_DIR", SH
         os.environ.setdefault(variable, str(folder))
 # Set before torch is imported anywhere: with more threads, sums (and so results) depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job that a shell put into the background ignores Ctrl-C, and so would every program that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")

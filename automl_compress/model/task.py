@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -144,12 +143,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the same pickles that are refused below
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise TaskError(
-            f"--weights {path}: holds pickled objects or is damaged; only tensors are ever loaded: save "
-            "model.state_dict() with torch.save, or as .safetensors"
-        ) from error
     except Exception as error:
+        if type(error).__name__ == "UnpicklingError":  # what torch.load raises, from a module that nothing here imports
+            raise TaskError(
+                f"--weights {path}: holds pickled objects or is damaged; only tensors are ever loaded: save "
+                "model.state_dict() with torch.save, or as .safetensors"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TaskError(f"--weights {path}: can't be read as a state dict: {reason[:160]}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):

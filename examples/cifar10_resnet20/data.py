@@ -28,7 +28,7 @@ def load_cifar10(folder: Path) -> tuple[Split, Split]:
 
 
 def normalise(images: np.ndarray) -> Tensor:
-    scaled = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+    scaled = torch.from_numpy(np.array(images, order="C")).float() / 255
     return (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 

@@ -125,7 +125,10 @@ def test_however_the_program_ends_in_the_middle_of_a_measurement_the_process_end
         assert program.stdout is not None
         measuring = int(program.stdout.readline())
         program.send_signal(getattr(signal, sent))
-        assert program.wait(timeout=30) != 0
+        try:
+            assert program.wait(timeout=30) != 0
+        finally:
+            program.kill()
     deadline = time.monotonic() + 30
     while _alive(measuring) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Tracing: what may be cut can be cut, what may not is named, and a cut model equals the one that ignores the channels."""
+"""Tracing: what may be cut can be, what may not is named; a cut model equals the one that ignores the channels."""
 
 from __future__ import annotations
 
