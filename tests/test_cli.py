@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from automl_compress.cli import main, parse_seconds
+from automl_compress.cli import main
+from automl_compress.cli.options import parse_seconds
 from automl_compress.core.result import Figures, Result
 from automl_compress.errors import InfeasibleError, InputError, TaskError, TrainingError
 from automl_compress.progress import Progress, SilentProgress

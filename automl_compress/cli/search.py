@@ -1,0 +1,115 @@
+"""Searching for a model, joining a search, showing what was found, and building it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from automl_compress.cli.action import Action
+from automl_compress.cli.options import Debug, Json, Output, Quiet, Run, Task, Weights, parse_seconds
+from automl_compress.cli.output import display, fail, print_result, stdout_to_stderr
+from automl_compress.core.budget import parse_budget
+from automl_compress.deploy.summary import nearest_text, read_result, summarize
+from automl_compress.errors import InputError
+
+EXIT_CODES = {"met": 0, "infeasible": 3, "interrupted": 130}
+
+commands = typer.Typer()
+
+
+@commands.command("worker", help="Join the search in --storage, with the same options.")
+@commands.command("search", help="Find and deliver the best model within a budget.")
+def _search(
+    ctx: typer.Context,
+    task: Task,
+    latency: Annotated[str | None, typer.Option(metavar="BUDGET", help="0.8ms, 350us or 40% of the original.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="BUDGET", help="Of the ONNX file: 300KB, 2MB or 60%.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="BUDGET", help="Peak of a fresh process: 2MB or 60%.")] = None,
+    output: Output = None,
+    profile: Annotated[str, typer.Option(metavar="NAME", help="Device profile: a name or a file.")] = "local",
+    space: Annotated[str, typer.Option(metavar="NAME", help="Search space: a name or a file.")] = "cnn",
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many trials.")] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", min=0, help="Epochs of the final distillation.")] = None,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Stop searching after 90s, 30m or 2h.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is random.")] = 0,
+    sampler: Annotated[
+        str, typer.Option(metavar="NAME", help="'budget', or the name of an Optuna sampler.")
+    ] = "budget",
+    weights: Weights = None,
+    storage: Annotated[str | None, typer.Option(metavar="URL", help="Optuna storage to share the study in.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> Action:
+    worker = ctx.info_name == "worker"
+
+    def run(api: Any) -> int:
+        parse_budget(latency, size, memory)
+        if worker and storage is None:
+            raise InputError("worker: --storage is missing: name the storage of the search to join")
+        options = {
+            "latency": latency,
+            "size": size,
+            "memory": memory,
+            "profile": profile,
+            "space": space,
+            "trials": trials,
+            "epochs": epochs,
+            "timeout": None if timeout is None else parse_seconds(timeout),
+            "seed": seed,
+            "sampler": sampler,
+            "weights": weights,
+            "storage": storage,
+            "output": output,
+        }
+        with stdout_to_stderr(), display(quiet) as progress:
+            api = api or import_module("automl_compress.api")
+            outcome = (api.work if worker else api.compress)(task, progress=progress, **options)
+        return _report_worker(outcome, as_json) if worker else _report(outcome.to_json(), as_json)
+
+    return Action(run=run, folder=output, debug=debug)
+
+
+@commands.command("show", help="Show what a finished run found.")
+def _show(run: Run, as_json: Json = False, debug: Debug = False) -> Action:
+    def show(_api: Any) -> int:
+        result = read_result(run)
+        print_result(json.dumps(result, indent=2) if as_json else summarize(result))
+        return 0
+
+    return Action(run=show, debug=debug)
+
+
+@commands.command("replay", help="Build a delivered model again from its plan.json.")
+def _replay(
+    run: Run, task: Task, output: Output = None, weights: Weights = None, quiet: Quiet = False, debug: Debug = False
+) -> Action:
+    def replay(api: Any) -> int:
+        with stdout_to_stderr(), display(quiet) as progress:
+            api = api or import_module("automl_compress.api")
+            model = api.replay(run, task, output=output, weights=weights, progress=progress)
+        print_result(str(model))
+        return 0
+
+    return Action(run=replay, folder=output, debug=debug)
+
+
+def _report(result: Mapping[str, Any], as_json: bool) -> int:
+    """Print a result; its status decides the exit code."""
+    status = result["status"]
+    print_result(json.dumps(result, indent=2) if as_json else summarize(result))
+    if status == "infeasible":
+        found = nearest_text(result["nearest"], result["binding"])
+        fail("; ".join(filter(None, ["no reachable model meets the budget", found])), EXIT_CODES[status])
+    return EXIT_CODES[status]
+
+
+def _report_worker(trials: Mapping[str, int], as_json: bool) -> int:
+    """Print how many trials a worker ran, by state."""
+    text = ", ".join(f"{count} {state}" for state, count in trials.items()) or "none; nothing was left to do"
+    print_result(json.dumps(dict(trials)) if as_json else f"trials run by this worker: {text}")
+    return 0
