@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 # fmt: off
 # Only what inference kernels are chosen by; the full list differs between kernels of the same machine.
 KERNEL_FLAGS = frozenset({
@@ -22,7 +24,10 @@ KERNEL_FLAGS = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class HostFacts:
-    """One machine with its runtime. `flags` are instruction sets that kernels are chosen by; `cores` are logical."""
+    """One machine with its runtime. `flags` are instruction sets that kernels are chosen by; `cores` are logical.
+
+    `memory_bytes` is all that it has, None where that isn't known.
+    """
 
     architecture: str
     cpu: str
@@ -30,6 +35,7 @@ class HostFacts:
     cores: int
     system: str
     onnxruntime: str
+    memory_bytes: int | None = None
 
 
 def host_facts() -> HostFacts:
@@ -42,6 +48,7 @@ def host_facts() -> HostFacts:
         cores=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.release()}",
         onnxruntime=runtime_version(),
+        memory_bytes=psutil.virtual_memory().total,
     )
 
 

@@ -81,7 +81,8 @@ def open_session(path: str, settings: Settings, **options: Any) -> Any:
     so.log_severity_level = 4
     for name, value in options.items():
         setattr(so, name, value)
-    return ort.InferenceSession(path, so, providers=[settings["provider"]])
+    chosen = (settings["provider"], dict(settings.get("provider_options") or {}))
+    return ort.InferenceSession(path, so, providers=[chosen])
 
 
 def random_inputs(session: Any) -> dict[str, Any]:

@@ -4,51 +4,53 @@ The whole file is valid YAML. The header is block YAML with comments; each measu
 so a file with ten thousand of them loads at once, diffs line by line, and a kill in the middle of an append costs one
 line. Two processes may append at the same time: whole lines are written under a file lock, and each picks up what the
 other measured (`refresh`).
+
+A file of an older version is read as it is; the first append rewrites it in today's and keeps the original beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import yaml  # type: ignore[import-untyped, unused-ignore]
-from filelock import FileLock, Timeout
+from typing import Literal
 
 from automl_compress import data_files
 from automl_compress.errors import DeviceError, ProfileError
+from automl_compress.hardware.files import append, decode, file_lock, locked, read_bytes, replace_file
+from automl_compress.hardware.header import Operator, header_version, read_header
 from automl_compress.hardware.host import HostFacts, host_facts
+from automl_compress.hardware.migrate import VERSION, upgraded
 from automl_compress.hardware.schema import (
+    CorrectionRecord,
     KernelRecord,
     ModelRecord,
-    ProfileHeader,
     Record,
     lines_of,
-    read_header,
     read_record,
 )
+from automl_compress.hardware.template import MARK, START, create, facts_by_name, measured_file, measured_folder
 
-MARK = "# --- measurements, appended by the program ---"
-START = "measurements:"
-_ELSEWHERE = "set AUTOML_COMPRESS_HOME to a folder of yours"
-_APPEND_TIMEOUT_S = 60.0
 _DEVICE_TIMEOUT_S = 3600.0
+_FACTS = {
+    "architecture": "architecture",
+    "cpu": "CPU",
+    "flags": "instruction sets",
+    "cores": "number of cores",
+    "runtime": "onnxruntime",
+}
 
 
 class DeviceProfile:
     """One device's profile file, loaded.
 
-    kernels   key of an executed kernel -> its time; several measurements of one kernel are merged
-    models    whole models that were measured, the latest of each structure
-    warnings  why the measurements may not hold here, e.g. that they were made on another CPU; empty if they do
-    notes     what was repaired while reading
+    kernels      key of an executed kernel -> its time; several measurements of one kernel are merged
+    models       whole models that were measured, the latest of each structure
+    corrections  family of models -> the latest fit of what their latency is of the sum of their kernels
+    warnings     why the figures may not hold here, e.g. that they were measured on another CPU; empty if they do
+    obstacles    those of the warnings for which nothing may be added here
+    notes        what was repaired while reading
 
     Raises ProfileError for a file that can't be read, is damaged, of another format or of a newer version.
     """
@@ -56,21 +58,29 @@ class DeviceProfile:
     def __init__(self, path: Path, facts: HostFacts | None = None) -> None:
         self.path = path
         self.notes: list[str] = []
+        self._facts = facts or host_facts()
+        self._load()
+
+    def _load(self) -> None:
         self.kernels: dict[str, KernelRecord] = {}
+        self.corrections: dict[str, CorrectionRecord] = {}
         self._models: dict[str, ModelRecord] = {}
-        text = _read(path)
-        head, found, tail = text.partition("\n" + MARK + "\n")
-        self.header = read_header(_parse_header(head, path), str(path))
+        data = read_bytes(self.path)
+        head, found, tail = decode(data, self.path).partition("\n" + MARK + "\n")
+        self.header = read_header(head, str(self.path))
+        self.version = header_version(head, str(self.path))
         if self.header.is_template:
-            raise ProfileError(f"{path}: a template without a machine's facts; use --profile {self.header.name}")
+            raise ProfileError(f"{self.path}: a template without a machine's facts; use --profile {self.header.name}")
         if not found:
-            raise ProfileError(f"{path}: cut off, the line {MARK!r} is missing; restore it or delete the file")
+            raise ProfileError(f"{self.path}: cut off, the line {MARK!r} is missing; restore it or delete the file")
         if not tail.startswith(START + "\n"):
-            raise ProfileError(f"{path}, line {_lines(head) + 2}: expected {START!r}; restore it or delete the file")
-        self._offset = len((head + found + START + "\n").encode())
+            where = f"{self.path}, line {_lines(head) + 2}"
+            raise ProfileError(f"{where}: expected {START!r}; restore it or delete the file")
+        self._start = (head + found + START + "\n").encode()
+        self._offset = len(self._start)
         self._line = _lines(head) + 2
         self._take(tail[len(START) + 1 :])
-        self.warnings = _differences(self.header, facts or host_facts())
+        self.warnings, self.obstacles = self._differences()
 
     @property
     def name(self) -> str:
@@ -82,6 +92,11 @@ class DeviceProfile:
         return self.header.runtime.threads
 
     @property
+    def provenance(self) -> Literal["measured", "estimated"]:
+        """Whether its figures were measured on the device or are worked out from what is published about it."""
+        return self.header.provenance
+
+    @property
     def models(self) -> list[ModelRecord]:
         return list(self._models.values())
 
@@ -91,57 +106,96 @@ class DeviceProfile:
 
     def bit_widths(self, kind: str) -> tuple[int, ...]:
         """The bit-widths that a kind of layer ("conv", "linear") runs natively at, ascending; 32 for other kinds."""
-        rules = {str(k): v for k, v in self.header.operators.items()}.get(kind, {})
+        rules = self._operators(kind)
         return tuple(sorted(bits for bits, rule in rules.items() if rule.execution == "native")) or (32,)
 
     def integer_operator(self, kind: str, bits: int) -> tuple[str, ...]:
         """The executed operators, any of them, that prove a layer runs at that width; empty if it isn't native."""
-        rules = {str(k): v for k, v in self.header.operators.items()}.get(kind, {})
+        rules = self._operators(kind)
         return rules[bits].operators if bits in rules and rules[bits].execution == "native" else ()
 
+    def alignment(self, kind: str, bits: int) -> int | None:
+        """The multiple of channels that the fast layout wants; None where it isn't known."""
+        rules = self._operators(kind)
+        return rules[bits].alignment if bits in rules else None
+
     def add_kernels(self, records: Iterable[KernelRecord]) -> None:
-        """Append to the file at once. Raises ProfileError if it can't be written or is another machine's."""
+        """Append to the file at once. Raises CompressError if it can't be written or is another machine's."""
         self._append(records)
 
     def add_models(self, records: Iterable[ModelRecord]) -> None:
         """Append to the file at once. A later record of the same structure replaces the earlier."""
         self._append(records)
 
+    def add_corrections(self, records: Iterable[CorrectionRecord]) -> None:
+        """Append to the file at once. A later record of the same family replaces the earlier."""
+        self._append(records)
+
     def require_match(self) -> None:
         """Raise ProfileError if measurements of this machine don't belong into this file."""
-        if self.warnings:
-            raise ProfileError(f"{self.warnings[0]}; nothing can be added to it here: use --profile local")
+        if self.obstacles:
+            raise ProfileError(f"{self.obstacles[0]}; nothing can be added to it here: use --profile local")
 
     def refresh(self) -> None:
         """Read what other processes have appended since."""
-        with self._locked():
-            self._take(_read(self.path, self._offset))
+        if not os.access(self.path.parent, os.W_OK):
+            return  # Nobody here can append to it, nor make a lock file beside it.
+        with file_lock(self.path):
+            self._sync()
+
+    def upgrade(self) -> Path | None:
+        """Rewrite a file of an older version in today's, whole or not at all, whatever machine it is of.
+
+        Returns where the original is kept (`NAME.yaml.v1.bak`), None if there was nothing to do. Raises CompressError
+        if it can't be written.
+        """
+        with file_lock(self.path):
+            self._sync()
+            return self._upgrade()
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Hold the device: only one process at a time may measure. Raises DeviceError after waiting an hour."""
         path = self.path.with_name("measuring.lock")
         busy = DeviceError(f"another process has been measuring for an hour (it holds {path}); end it")
-        with _lock(path, _DEVICE_TIMEOUT_S, busy):
+        with locked(path, _DEVICE_TIMEOUT_S, busy):
             yield
+
+    def _operators(self, kind: str) -> dict[int, Operator]:
+        return {str(k): v for k, v in self.header.operators.items()}.get(kind, {})
 
     def _append(self, records: Iterable[Record]) -> None:
         text = lines_of(records)
         if not text:
             return
         self.require_match()
-        with self._locked():
-            self._take(_read(self.path, self._offset))
-            try:
-                with open(self.path, "r+b") as file:
-                    file.seek(self._offset)
-                    file.truncate()
-                    file.write(text.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise ProfileError(f"{self.path}: can't be written ({error.strerror}); {_ELSEWHERE}") from error
+        with file_lock(self.path):
+            self._sync()
+            self._upgrade()
+            append(self.path, self._offset, text.encode())
             self._take(text)
+
+    def _sync(self) -> None:
+        """Under the lock: take what was appended, or everything anew if the file isn't the one that was read."""
+        with open(self.path, "rb") as file:
+            same = file.read(len(self._start)) == self._start
+            file.seek(self._offset - 1)
+            same = same and file.read(1) == b"\n"
+        if same:
+            self._take(decode(read_bytes(self.path, self._offset), self.path))
+        else:
+            self._load()
+
+    def _upgrade(self) -> Path | None:
+        if self.version == VERSION:
+            return None
+        data = read_bytes(self.path)
+        head, found, tail = decode(data, self.path).partition("\n" + MARK + "\n")
+        backup = self.path.with_name(f"{self.path.name}.v{self.version}.bak")
+        replace_file(backup, data)
+        replace_file(self.path, (upgraded(head, str(self.path)).rstrip() + "\n" + found + tail).encode())
+        self._load()
+        return backup
 
     def _take(self, text: str) -> None:
         """Add complete lines. What follows the last line break was cut off by a kill; the next append removes it."""
@@ -158,17 +212,33 @@ class DeviceProfile:
     def _keep(self, record: Record) -> None:
         if isinstance(record, ModelRecord):
             self._models[record.key] = record
+        elif isinstance(record, CorrectionRecord):
+            self.corrections[record.key] = record
         elif record.key in self.kernels:
             self.kernels[record.key] = self.kernels[record.key].merged(record)
         else:
             self.kernels[record.key] = record
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = self.path.with_name(self.path.name + ".lock")
-        busy = ProfileError(f"{self.path}: another process has held {lock} for a minute; end it")
-        with _lock(lock, _APPEND_TIMEOUT_S, busy):
-            yield
+    def _differences(self) -> tuple[list[str], list[str]]:
+        """Why the figures don't hold on this machine, and for which of these reasons nothing may be added."""
+        if self.provenance == "estimated":
+            doubt = f"profile {self.name}: estimated from published figures; nothing in it was measured on the device"
+            return [doubt], [doubt]
+        match = self.header.match
+        theirs = {
+            "architecture": match.architecture,
+            "cpu": match.cpu,
+            "flags": list(match.flags or ()),
+            "cores": match.cores,
+            "runtime": self.header.runtime.version,
+        }
+        ours = facts_by_name(self._facts)
+        said = {
+            fact: f"profile {self.name}: measured with {what} {_told(value)}, this machine has {_told(ours[fact])}"
+            for (fact, what), value in zip(_FACTS.items(), theirs.values(), strict=True)
+            if value != ours[fact]
+        }
+        return list(said.values()), [text for fact, text in said.items() if fact in match.must_agree]
 
 
 def load_profile(
@@ -178,148 +248,41 @@ def load_profile(
 
     A template (such as "local") stands for the machine that this runs on: its measured file lies in `home` (default
     $AUTOML_COMPRESS_HOME, else the user's cache folder) and is created on first use. `threads` replaces the template's
-    number of threads. Raises ProfileError for an unknown name, a damaged file, or a folder that can't be written.
+    number of threads. A measured profile that is shipped with the program is copied there where it is this machine's,
+    since measurements may be added. Raises ProfileError for an unknown name, a damaged file, or a folder that can't be
+    written.
     """
     facts = facts or host_facts()
-    source = _locate(name_or_path)
-    head = _read(source).partition("\n" + MARK + "\n")[0]
-    header = read_header(_parse_header(head, source), str(source))
+    source, shipped = locate(name_or_path)
+    head = decode(read_bytes(source), source).partition("\n" + MARK + "\n")[0]
+    header = read_header(head, str(source))
     if header.is_template:
-        return DeviceProfile(_measured_file(head, header, facts, threads, home or default_home()), facts)
+        return DeviceProfile(measured_file(head, header, facts, threads, home), facts)
     if threads not in (None, header.runtime.threads):
         found = header.runtime.threads
         raise ProfileError(f"{source} was measured with {found} threads, not {threads}; use --profile local")
-    return DeviceProfile(source, facts)
+    profile = DeviceProfile(source, facts)
+    if shipped and not profile.obstacles:
+        path = measured_folder(home) / source.name
+        create(path, read_bytes(source))
+        return DeviceProfile(path, facts)
+    return profile
 
 
-def _measured_file(head: str, header: ProfileHeader, facts: HostFacts, threads: int | None, home: Path) -> Path:
-    """This machine's file for a template; created if there is none."""
-    if facts.onnxruntime == "none":
-        raise DeviceError("onnxruntime is not installed, so this machine can't be measured: pip install onnxruntime")
-    threads = threads or header.runtime.threads
-    path = home / "hardware_profiles" / file_name(header, facts, threads)
-    filled = fill_template(head, facts, threads)
-    read_header(_parse_header(filled, path), str(path))
-    busy = ProfileError(f"{path}: another process has been creating it for a minute; end it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_name(path.name + ".lock"), _APPEND_TIMEOUT_S, busy):
-            if not path.exists():
-                part = path.with_suffix(".part")
-                part.write_text(f"{filled.rstrip()}\n\n{MARK}\n{START}\n", encoding="utf-8")
-                os.replace(part, path)
-    except OSError as error:
-        raise ProfileError(f"{path}: can't be written ({error.strerror}); {_ELSEWHERE}") from error
-    return path
-
-
-def default_home() -> Path:
-    """$AUTOML_COMPRESS_HOME, else the user's cache folder."""
-    if os.environ.get("AUTOML_COMPRESS_HOME"):
-        return Path(os.environ["AUTOML_COMPRESS_HOME"])
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "automl-compress"
-
-
-def file_name(template: ProfileHeader, facts: HostFacts, threads: int) -> str:
-    """A machine's file for a template: another CPU, runtime, thread count or protocol gives another name."""
-    rules = template.model_dump(mode="json", exclude={"description", "match"})
-    decisive = json.dumps([rules, asdict(replace(facts, system="")), threads], sort_keys=True)
-    cpu = re.sub(r"[^a-z0-9]+", "-", facts.cpu.lower()).strip("-")[:40].strip("-")
-    digest = hashlib.sha256(decisive.encode()).hexdigest()[:8]
-    return f"{template.name}-{cpu}-ort{facts.onnxruntime}-t{threads}-{digest}.yaml"
-
-
-def fill_template(head: str, facts: HostFacts, threads: int) -> str:
-    """Put a machine's facts in the place of a template's nulls; comments stay."""
-    values = {
-        "architecture": facts.architecture,
-        "cpu": facts.cpu,
-        "flags": list(facts.flags),
-        "cores": facts.cores,
-        "version": facts.onnxruntime,
-    }
-    for field, value in values.items():
-        # JSON is YAML; a callable, so that a backslash in a value isn't a group reference.
-        filled = json.dumps(value)
-        head = re.sub(rf"(?m)^(\s+{field}:) null\b", lambda m, filled=filled: f"{m[1]} {filled}", head)  # type: ignore[misc]
-    return re.sub(r"(?m)^(\s+threads:) \d+", rf"\g<1> {threads}", head)
-
-
-def _locate(name_or_path: str) -> Path:
+def locate(name_or_path: str) -> tuple[Path, bool]:
+    """The file of a shipped profile's name or of a path, and whether it is shipped. Raises ProfileError for neither."""
     found = data_files.find("hardware_profiles", name_or_path)
     if found is not None:
-        return found
+        return found, True
     path = Path(name_or_path).expanduser()
     if path.is_file():
-        return path
+        return path, False
     known = ", ".join(data_files.names("hardware_profiles")) or "none (the program's data files are missing)"
     raise ProfileError(f"no device profile {name_or_path!r}: name one of {known}, or the path of a profile file")
 
 
-def _parse_header(text: str, path: Path) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ProfileError(
-            f"{path}{line}: not YAML: {error.problem or error.context}; mend it or delete the file"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path}: not YAML: {' '.join(str(error).split())}; mend it or delete the file") from error
-
-
-def _read(path: Path, offset: int = 0) -> str:
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            data = file.read()
-    except OSError as error:
-        raise ProfileError(f"{path}: can't be read ({error.strerror})") from error
-    # A cut-off last line may end in the middle of a character.
-    complete, newline, rest = data.rpartition(b"\n")
-    try:
-        return (complete + newline).decode() + rest.decode(errors="replace")
-    except UnicodeDecodeError as error:
-        line = complete[: error.start].count(b"\n") + 1
-        raise ProfileError(f"{path}, line {line}: not a text in UTF-8; restore the file or delete it") from error
-
-
-def _differences(header: ProfileHeader, facts: HostFacts) -> list[str]:
-    """Why measurements made on the header's machine don't hold on this one."""
-    pairs = {
-        "architecture": (header.match.architecture, facts.architecture),
-        "CPU": (header.match.cpu, facts.cpu),
-        "instruction sets": (" ".join(header.match.flags or ()), " ".join(facts.flags)),
-        "number of cores": (header.match.cores, facts.cores),
-        "onnxruntime": (header.runtime.version, facts.onnxruntime),
-    }
-    return [
-        f"profile {header.name}: measured with {what} {theirs}, this machine has {ours}"
-        for what, (theirs, ours) in pairs.items()
-        if theirs != ours
-    ]
-
-
-@contextmanager
-def _lock(path: Path, timeout_s: float, otherwise: Exception) -> Iterator[None]:
-    try:
-        lock = FileLock(path)
-        lock.acquire(timeout=timeout_s)
-    except Timeout as error:
-        raise otherwise from error
-    except OSError as error:
-        raise ProfileError(f"{path}: can't be written ({error.strerror}); {_ELSEWHERE}") from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _told(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _lines(text: str) -> int:

@@ -1,115 +1,51 @@
-"""What a profile file may contain: the header, checked by pydantic, and measurement lines. No file is opened here."""
+"""What stands below a profile's header: measurements, a JSON object a line, each of a type that is checked strictly.
+
+A field of a record is a field of its line; a new field needs a default, or lines that were written earlier are refused.
+Units are part of the names. No file is opened here.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from automl_compress.core.budget import Provenance
 from automl_compress.errors import ProfileError
+from automl_compress.hardware.header import short
 
-SCHEMA = "automl-compress/profile"
-VERSION = 1
-PROVENANCES = ("measured", "interpolated", "estimated")
+Text = Annotated[str, Field(strict=True, min_length=1)]
+Count = Annotated[int, Field(strict=True, gt=0)]
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Real = Annotated[float, Field(strict=True)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+NotNegative = Annotated[float, Field(strict=True, ge=0)]
+Bursts = tuple[NotNegative, ...]
 
-LayerKind = Literal["conv", "linear"]
-Count = Annotated[int, Field(gt=0, strict=True)]
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"must be a number, found {value!r}")
-    return value
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Match(_Strict):
-    """Which machine the measurements are of. All null in a template, none null in a profile."""
-
-    architecture: str | None
-    cpu: str | None
-    flags: tuple[str, ...] | None
-    cores: Count | None
-
-
-class Runtime(_Strict):
-    name: Literal["onnxruntime"]
-    version: str | None
-    provider: str
-    threads: Count
-    optimization: Literal["disabled", "basic", "extended", "all"]
-
-
-class Operator(_Strict):
-    """How a kind of layer runs at one bit-width, and the operators that prove it in the executed graph."""
-
-    execution: Literal["native", "weight-only", "storage"]
-    operators: tuple[str, ...] = Field(min_length=1)
-
-
-class Protocol(_Strict):
-    """How things are measured. `discard` is the fraction of each burst that isn't counted."""
-
-    warm_up_runs: Annotated[int, Field(ge=0, strict=True)]
-    burst_runs: Count
-    burst_seconds: Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-    bursts: Count
-    discard: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
-    trace_rounds: Count
-    trace_runs: Count
-
-
-class ProfileHeader(_Strict):
-    """The part of a profile that people read and write."""
-
-    schema_: Literal["automl-compress/profile"] = Field(alias="schema")
-    version: Literal[1]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    description: str
-    match: Match
-    runtime: Runtime
-    operators: dict[LayerKind, dict[Count, Operator]]
-    protocol: Protocol
-
-    @model_validator(mode="after")
-    def _filled_or_not(self) -> ProfileHeader:
-        values = {**{f"match.{k}": v for k, v in self.match}, "runtime.version": self.runtime.version}
-        missing = [name for name, value in values.items() if value is None]
-        if missing and len(missing) < len(values):
-            raise ValueError(
-                f"{', '.join(missing)} is null but other facts of the machine are given: fill in all or none"
-            )
-        return self
-
-    @property
-    def is_template(self) -> bool:
-        """Whether the facts of a machine are still to be filled in."""
-        return self.match.architecture is None
-
-    def settings(self) -> dict[str, Any]:
-        """What the measuring process has to know."""
-        chosen = {"threads", "provider", "optimization"}
-        return {**self.runtime.model_dump(include=chosen), **self.protocol.model_dump()}
+# Not strict as a whole, or a record could not be made of what JSON has; so the types of its fields are.
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_WAY_OUT = "delete the line, it will be measured again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """One executed kernel's time. `bursts_us` are the raw burst means, `spread` is their range over their median."""
+    """One executed kernel's time. `bursts_us` are the raw burst means, `spread` is their range over their median.
 
-    key: str
-    mean_us: float
-    spread: float
-    bursts_us: tuple[float, ...] = ()
-    count: int = 1
+    `conditions` says in a few words what was special when it was measured.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    key: Text
+    mean_us: NotNegative
+    spread: NotNegative
+    bursts_us: Bursts = ()
+    count: Count = 1
     provenance: Provenance = "measured"
+    conditions: str | None = None
 
     def merged(self, other: KernelRecord) -> KernelRecord:
         """Two measurements of the same kernel as one; each weighs as often as the kernel was seen."""
@@ -123,6 +59,7 @@ class KernelRecord:
             bursts_us=(*self.bursts_us, *other.bursts_us),
             count=count,
             provenance=self.provenance if self.provenance == other.provenance else "interpolated",
+            conditions="; ".join(dict.fromkeys(filter(None, (self.conditions, other.conditions)))) or None,
         )
 
 
@@ -134,119 +71,120 @@ class ModelRecord:
     `nodes` counts executed kernels, `memory_bytes` is None if it wasn't measured.
     """
 
-    key: str
-    family: str
-    kernel_sum_us: float
-    nodes: int
-    measured_us: float
-    spread: float
-    size_bytes: int
-    activation_bytes: int
-    memory_bytes: int | None = None
+    __pydantic_config__ = _STRICT
+
+    key: Text
+    family: Text
+    kernel_sum_us: NotNegative
+    nodes: Count
+    measured_us: Positive
+    spread: NotNegative
+    size_bytes: Whole
+    activation_bytes: Whole
+    memory_bytes: Whole | None = None
+    bursts_us: Bursts = ()
+    conditions: str | None = None
 
 
-Record = KernelRecord | ModelRecord
-_TAGS: Mapping[str, type[KernelRecord] | type[ModelRecord]] = {"kernel": KernelRecord, "model": ModelRecord}
-_TEXT = {"key", "family", "provenance"}
-_WHOLE = {"count", "nodes", "size_bytes", "activation_bytes", "memory_bytes"}
-_POSITIVE = {"count", "nodes", "measured_us"}
-_OPTIONAL = {"bursts_us", "count", "provenance", "memory_bytes"}
-_WAY_OUT = "delete the line, it will be measured again"
+@dataclass(frozen=True, kw_only=True)
+class CorrectionRecord:
+    """What turns the sum of kernels into a whole model's latency, fitted on measured models.
+
+    key            the family of models that it holds for, "any" if it holds for all
+    coefficients   name of a term (such as "kernel_sum_us") -> its factor
+    records        how many models it was fitted on
+    error, worst_error, p95_error    |predicted - measured| / measured of models left out one by one: median, largest,
+                   95th percentile; None where there were too few
+    date           of the fit, as 2026-11-24
+    """
+
+    __pydantic_config__ = _STRICT
+
+    key: Text
+    coefficients: Mapping[Text, Real] = field(default_factory=dict)
+    records: Whole
+    error: NotNegative | None = None
+    worst_error: NotNegative | None = None
+    p95_error: NotNegative | None = None
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}")] | None = None
 
 
-def read_header(data: Any, where: str) -> ProfileHeader:
-    """Check what the YAML header holds. Raises ProfileError with the first thing wrong; `where` names the file."""
-    if not isinstance(data, dict):
-        raise ProfileError(f"{where}: not a device profile: it holds {_short(data)}, not fields such as 'schema'")
-    if data.get("schema") != SCHEMA:
-        found = data.get("schema")
-        raise ProfileError(f"{where}: schema is {found!r}, a device profile has {SCHEMA!r}; name another file")
-    version = data.get("version")
-    if isinstance(version, int) and not isinstance(version, bool) and version > VERSION:
-        raise ProfileError(f"{where}: version {version} is newer than this program, which reads {VERSION}: upgrade it")
-    try:
-        return ProfileHeader.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"] if part != "[key]") or "header"
-        hints = {"missing": "it is missing", "extra_forbidden": "unknown field"}
-        problem = f"{first['msg'].removeprefix('Value error, ')}, found {_short(first['input'])}"
-        found = hints.get(first["type"], problem)
-        raise ProfileError(f"{where}: {at}: {found}; see hardware_profiles/README.md") from error
+Record = KernelRecord | ModelRecord | CorrectionRecord
+# What a line begins with; the value there is the record's key.
+_KINDS: Mapping[str, type[Record]] = {"kernel": KernelRecord, "model": ModelRecord, "correction": CorrectionRecord}
+_TAGS = {kind: tag for tag, kind in _KINDS.items()}
+_ADAPTERS: Mapping[str, TypeAdapter[Record]] = {tag: TypeAdapter(kind) for tag, kind in _KINDS.items()}
 
 
 def write_record(record: Record) -> str:
     """One measurement as a line of YAML whose value is JSON."""
-    tag = "kernel" if isinstance(record, KernelRecord) else "model"
-    data = {tag: record.key, **{k: v for k, v in asdict(record).items() if k != "key" and v not in (None, ())}}
-    return "- " + json.dumps(data, ensure_ascii=False, allow_nan=False)
+    values = {k: v for k, v in asdict(record).items() if k != "key" and v is not None and v != ()}
+    return "- " + json.dumps({_TAGS[type(record)]: record.key, **values}, ensure_ascii=False, allow_nan=False)
+
+
+def lines_of(records: Iterable[Record]) -> str:
+    return "".join(write_record(record) + "\n" for record in records)
 
 
 def read_record(line: str, where: str) -> Record:
     """The reverse of `write_record`. Raises ProfileError that says what is wrong; `where` names file and line."""
     data = _json_object(line, where)
-    tag = next((t for t in _TAGS if t in data), None)
+    tag = next((t for t in _KINDS if t in data), None)
     if tag is None:
-        raise ProfileError(
-            f"{where}: a measurement needs a field 'kernel' or 'model', found {_short(data)}; {_WAY_OUT}"
-        )
-    values = {("key" if name == tag else name): value for name, value in data.items()}
-    kind = _TAGS[tag]
-    known = {f.name for f in fields(kind)}
-    for name in values:
-        if name not in known or (name == "key" and "key" in data):
-            raise ProfileError(f"{where}: unknown field {name!r} in a {tag} line; {_WAY_OUT}")
-    for name in sorted(known - _OPTIONAL - values.keys()):
-        raise ProfileError(f"{where}: the field {name!r} is missing; {_WAY_OUT}")
-    for name, value in values.items():
-        problem = _problem(name, value)
-        if problem:
-            raise ProfileError(
-                f"{where}: {tag if name == 'key' else name} {problem}, found {_short(value)}; {_WAY_OUT}"
-            )
-    if "bursts_us" in values:
-        values["bursts_us"] = tuple(float(v) for v in values["bursts_us"])
-    return kind(**values)
+        wanted = ", ".join(f"'{t}'" for t in _KINDS)
+        raise ProfileError(f"{where}: a measurement needs a field of {wanted}, found {short(data)}; {_WAY_OUT}")
+    if "key" in data:
+        raise ProfileError(f"{where}: unknown field 'key' in a {tag} line, found {short(data['key'])}; {_WAY_OUT}")
+    try:
+        return _ADAPTERS[tag].validate_python({("key" if name == tag else name): v for name, v in data.items()})
+    except ValidationError as error:
+        raise ProfileError(f"{where}: {_problem(error, tag)}; {_WAY_OUT}") from error
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
     if not line.startswith("- "):
-        raise ProfileError(f"{where}: a measurement line begins with '- {{', found {_short(line)}; {_WAY_OUT}")
+        raise ProfileError(f"{where}: a measurement line begins with '- {{', found {short(line)}; {_WAY_OUT}")
     try:
-        data = json.loads(line[2:])
+        data = json.loads(line[2:], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{where}: the line can't be read ({error}); {_WAY_OUT}") from error
     if not isinstance(data, dict):
-        raise ProfileError(f"{where}: a measurement is an object, found {_short(data)}; {_WAY_OUT}")
+        raise ProfileError(f"{where}: a measurement is an object, found {short(data)}; {_WAY_OUT}")
     return data
 
 
-def _problem(name: str, value: Any) -> str:
-    """What is wrong with one field of a measurement; empty if nothing is."""
-    if name in _TEXT:
-        if not isinstance(value, str) or not value:
-            return "must be a text"
-        return "" if name != "provenance" or value in PROVENANCES else f"must be one of {', '.join(PROVENANCES)}"
-    if name == "bursts_us":
-        good = isinstance(value, list) and all(_is_real(v) and v >= 0 for v in value)
-        return "" if good else "must be a list of durations of zero or more"
-    if not _is_real(value):
-        return "must be a finite number"
-    if name in _WHOLE and not isinstance(value, int):
-        return "must be a whole number"
-    if name in _POSITIVE and value <= 0:
-        return "must be greater than zero"
-    return "must not be negative" if value < 0 else ""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is given twice")
+    return data
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+_WANTED = {
+    "finite_number": "must be a finite number",
+    "float_type": "must be a finite number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "greater_than": "must be greater than zero",
+    "greater_than_equal": "must not be negative",
+    "string_type": "must be a text",
+    "string_too_short": "must be a text",
+    "tuple_type": "must be a list of durations",
+}
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def lines_of(records: Iterable[Record]) -> str:
-    return "".join(write_record(record) + "\n" for record in records)
+def _problem(error: ValidationError, tag: str) -> str:
+    """The first thing wrong with a line, the value found included."""
+    # An unknown field first: its name may be a known one's without the unit, which then counts as missing.
+    first = min(error.errors(), key=lambda found: found["type"] != "unexpected_keyword_argument")
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"the field {tag if name == 'key' else name!r} is missing"
+    if first["type"] == "unexpected_keyword_argument":
+        known = [f.name for f in fields(_KINDS[tag]) if f.name.rpartition("_")[0] == name]
+        way = f": its unit is missing, write {known[0]!r}" if known else ""
+        return f"unknown field {name!r} in a {tag} line{way}, found {short(first['input'])}"
+    wanted = _WANTED.get(first["type"], first["msg"])
+    return f"{tag if name == 'key' else name} {wanted}, found {short(first['input'])}"

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from automl_compress import data_files
 from automl_compress.errors import DeviceError, ProfileError
 from automl_compress.hardware.profile import MARK, DeviceProfile, load_profile
-from automl_compress.hardware.schema import KernelRecord, ModelRecord, read_record, write_record
+from automl_compress.hardware.schema import CorrectionRecord, KernelRecord, ModelRecord, read_record, write_record
+from tests.hardware.older import as_version_1
 from tests.hardware.simulated import FACTS
 
 KERNEL = KernelRecord(key="Conv|float[1,3]>float[1,4]", mean_us=12.5, spread=0.01, bursts_us=(12.0, 13.0))
@@ -29,6 +30,14 @@ MODEL = ModelRecord(
     spread=0.02,
     size_bytes=1000,
     activation_bytes=64,
+)
+CORRECTION = CorrectionRecord(
+    key="abc",
+    coefficients={"kernel_sum_us": 1.02, "nodes": -0.1},
+    records=14,
+    error=0.01,
+    worst_error=0.03,
+    p95_error=0.02,
 )
 reals = st.floats(min_value=0, max_value=1e9)
 
@@ -52,6 +61,19 @@ def test_what_was_added_is_there_after_loading_again(profile: DeviceProfile) -> 
     assert again.models == profile.models == [MODEL]
     assert not again.warnings
     assert not again.notes
+
+
+def test_a_later_correction_replaces_the_earlier(profile: DeviceProfile) -> None:
+    profile.add_corrections([CORRECTION])
+    profile.add_corrections([replace(CORRECTION, key="any"), replace(CORRECTION, records=20)])
+    again = DeviceProfile(profile.path, FACTS)
+    assert again.corrections == profile.corrections
+    assert {family: found.records for family, found in again.corrections.items()} == {"abc": 20, "any": 14}
+
+
+def test_conditions_of_measurements_are_kept_when_they_are_merged(profile: DeviceProfile) -> None:
+    profile.add_kernels([replace(KERNEL, conditions="busy machine"), replace(KERNEL, conditions="throttled"), KERNEL])
+    assert DeviceProfile(profile.path, FACTS).kernels[KERNEL.key].conditions == "busy machine; throttled"
 
 
 def test_the_whole_file_is_yaml(profile: DeviceProfile) -> None:
@@ -94,7 +116,7 @@ def test_loading_twice_finds_the_same_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"cpu": "Other"}, {"onnxruntime": "1.33.0"}, {"flags": ("avx2",)}, {"cores": 8}, {"architecture": "arm64"}],
+    [{"cpu": "Other"}, {"onnxruntime": "1.33.0"}, {"flags": ("avx2",)}, {"architecture": "arm64"}],
 )
 def test_another_machine_or_runtime_gets_another_file_and_a_warning_for_this_one(
     tmp_path: Path, other: dict[str, object]
@@ -107,6 +129,15 @@ def test_another_machine_or_runtime_gets_another_file_and_a_warning_for_this_one
     assert "this machine has" in foreign.warnings[0]
     with pytest.raises(ProfileError, match="--profile local"):
         foreign.add_kernels([KERNEL])
+
+
+def test_what_need_not_agree_is_a_warning_only(tmp_path: Path) -> None:
+    first = load_profile("local", home=tmp_path, facts=FACTS)
+    again = load_profile("local", home=tmp_path, facts=replace(FACTS, cores=8))
+    assert again.path == first.path
+    assert again.warnings == ["profile local: measured with number of cores 4, this machine has 8"]
+    again.add_kernels([KERNEL])
+    assert set(again.kernels) == {KERNEL.key}
 
 
 def test_a_system_update_keeps_the_file(tmp_path: Path) -> None:
@@ -168,10 +199,18 @@ def append(line: str) -> Callable[[str], str]:
     return lambda text: text + line + "\n"
 
 
+def kernel(fields: str) -> Callable[[str], str]:
+    return append('- {"kernel": "a", ' + fields + "}")
+
+
+def correction(fields: str) -> Callable[[str], str]:
+    return append('- {"correction": "a", ' + fields + "}")
+
+
 DAMAGES = {
     "foreign schema": (edit("automl-compress/profile", "other/thing"), "schema is 'other/thing'"),
-    "newer version": (edit("version: 1\n", "version: 2\n"), "newer than this program"),
-    "older version": (edit("version: 1\n", "version: 0\n"), "version"),
+    "newer version": (edit("version: 2\n", "version: 3\n"), "newer than this program"),
+    "older version": (edit("version: 2\n", "version: 0\n"), "version"),
     "unknown field": (edit("  threads: 1", "  threads: 1\n  speed: 9"), "runtime.speed: unknown field"),
     "missing field": (edit("  bursts: 15\n", ""), "protocol.bursts: it is missing"),
     "wrong type": (edit("  threads: 1", "  threads: many"), "runtime.threads"),
@@ -179,6 +218,13 @@ DAMAGES = {
     "no discard": (edit("discard: 0.34", "discard: 1.5"), "protocol.discard"),
     "endless bursts": (edit("burst_seconds: 1.0", "burst_seconds: .inf"), "protocol.burst_seconds"),
     "null fact": (edit(f'cpu: "{FACTS.cpu}"', "cpu: null"), "match.cpu is null"),
+    "twice in the header": (
+        edit("  threads: 1", "  threads: 1\n  threads: 2"),
+        "'threads' is given twice",
+    ),
+    "unknown fact": (edit("must_agree: [", "must_agree: [colour, "), "match.must_agree"),
+    "estimated from nothing": (edit("provenance: measured", "provenance: estimated"), "roofline is missing"),
+    "alignment of nothing": (edit("[QLinearConv]}", "[QLinearConv], alignment: 0}"), "conv.8.alignment"),
     "not yaml": (edit("schema: automl", "schema: [automl"), "line .*not YAML"),
     "python object": (edit("name: local", "name: !!python/object:os.system local"), "not YAML"),
     "empty": (lambda text: "", "not a device profile"),
@@ -188,17 +234,40 @@ DAMAGES = {
     "cut in the mark": (lambda text: text[: text.index("measurements:") + 5], "cut off|expected"),
     "not json": (append("- {kernel: }"), "line [0-9]+: the line can't be read"),
     "no dash": (append("kernel"), "line [0-9]+: a measurement line begins with"),
-    "neither kernel nor model": (append('- {"thing": 1}'), "line [0-9]+: .*'kernel' or 'model'"),
+    "neither kernel nor model": (append('- {"thing": 1}'), "line [0-9]+: .*'kernel', 'model', 'correction'"),
     "negative time": (
-        append('- {"kernel": "a", "mean_us": -1, "spread": 0}'),
+        kernel('"mean_us": -1, "spread": 0'),
         "mean_us must not be negative, found -1",
     ),
-    "nan": (append('- {"kernel": "a", "mean_us": NaN, "spread": 0}'), "mean_us must be a finite number, found nan"),
-    "text for a time": (append('- {"kernel": "a", "mean_us": "1", "spread": 0}'), "mean_us must be a finite number"),
-    "no time": (append('- {"kernel": "a", "spread": 0}'), "field 'mean_us' is missing"),
-    "foreign field": (append('- {"kernel": "a", "mean_us": 1, "spread": 0, "x": 1}'), "unknown field 'x'"),
-    "bad provenance": (append('- {"kernel": "a", "mean_us": 1, "spread": 0, "provenance": "guess"}'), "provenance"),
-    "bad burst": (append('- {"kernel": "a", "mean_us": 1, "spread": 0, "bursts_us": [-1]}'), "bursts_us"),
+    "no unit": (
+        kernel('"mean": 1, "spread": 0'),
+        "'mean' .*unit is missing, write 'mean_us', found 1",
+    ),
+    "twice": (
+        kernel('"mean_us": 1, "mean_us": 2, "spread": 0'),
+        "'mean_us' is given twice",
+    ),
+    "a truth": (
+        kernel('"mean_us": true, "spread": 0'),
+        "mean_us must be a finite number, found True",
+    ),
+    "count in words": (
+        kernel('"mean_us": 1, "spread": 0, "count": "2"'),
+        "count must be a whole number",
+    ),
+    "correction without records": (append('- {"correction": "a"}'), "field 'records' is missing"),
+    "nan in a correction": (
+        correction('"records": 3, "coefficients": {"a": NaN}'),
+        "coefficients.a must",
+    ),
+    "negative error": (correction('"records": 3, "error": -0.1'), "error must not be negative"),
+    "no date": (correction('"records": 3, "date": "today"'), "date "),
+    "nan": (kernel('"mean_us": NaN, "spread": 0'), "mean_us must be a finite number, found nan"),
+    "text for a time": (kernel('"mean_us": "1", "spread": 0'), "mean_us must be a finite number"),
+    "no time": (kernel('"spread": 0'), "field 'mean_us' is missing"),
+    "foreign field": (kernel('"mean_us": 1, "spread": 0, "x": 1'), "unknown field 'x'"),
+    "bad provenance": (kernel('"mean_us": 1, "spread": 0, "provenance": "guess"'), "provenance"),
+    "bad burst": (kernel('"mean_us": 1, "spread": 0, "bursts_us": [-1]'), "bursts_us"),
     "broken in the middle": (lambda text: text.replace('"mean_us": 12.5', '"mean_us": ', 1), "line [0-9]+"),
     "zero nodes": (lambda text: text + write_record(replace(MODEL, nodes=0)) + "\n", "nodes must be greater than zero"),
     "half a node": (lambda text: text + write_record(MODEL).replace('"nodes": 9', '"nodes": 9.5') + "\n", "whole"),
@@ -254,15 +323,18 @@ import sys
 from pathlib import Path
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import KernelRecord
+from tests.hardware.simulated import FACTS
 
-profile = DeviceProfile(Path(sys.argv[1]))
-profile.warnings.clear()
+profile = DeviceProfile(Path(sys.argv[1]), FACTS)
 for i in range(25):
     profile.add_kernels([KernelRecord(key=key, mean_us=1.0, spread=0.0) for key in (f"{sys.argv[2]}{i}", "shared")])
 """
 
 
-def test_two_processes_that_append_at_the_same_time_lose_nothing(profile: DeviceProfile) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_two_processes_that_append_at_the_same_time_lose_nothing(profile: DeviceProfile, version: int) -> None:
+    if version == 1:
+        profile.path.write_text(as_version_1(profile.path.read_text()))
     workers = [subprocess.Popen([sys.executable, "-c", APPENDER, str(profile.path), who]) for who in "ab"]
     assert [worker.wait() for worker in workers] == [0, 0]
     again = DeviceProfile(profile.path, FACTS)
