@@ -51,8 +51,9 @@ def _missing_database() -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Device profiles that tests measure go to a folder of their own, not to the user's."""
+    """Profiles that tests measure go to a folder of their own; nor do they wait for others who measure here."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOML_COMPRESS_LOCK", str(tmp_path_factory.mktemp("lock") / "measuring.lock"))
         patch.setenv("AUTOML_COMPRESS_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 

@@ -1,132 +1,61 @@
 """A device at hand: asks the measuring process (`probe.py`) and turns its answers into figures.
 
 The process is started when it is first needed and ends with the `with` block, or when this program dies in any way, as
-its stdin closes then. Measurements hold the profile's lock, so that only one at a time runs on the device.
+its stdin closes then.
 """
 
 from __future__ import annotations
 
-import json
-import queue
-import subprocess
-import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any
 
 import onnx
 from onnx import helper
 
 from automl_compress.core.result import Timing
 from automl_compress.errors import DeviceError
+from automl_compress.hardware.channel import Channel, Launcher, ProcessChannel
 from automl_compress.hardware.executed import RawKernel, read_trace
-from automl_compress.hardware.host import HostFacts, host_facts
+from automl_compress.hardware.host import HostFacts
 from automl_compress.hardware.kernels import Lowered, kernels_of, live_bytes, structure_digest
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.timer import timing
 
-PROBE = Path(__file__).with_name("probe.py")
 # Without any answer or sign of progress for so long, the process counts as hung.
 SILENCE_S = 300.0
-
-
-class Channel(Protocol):
-    """A running measuring process. `send` one request; `receive` one line of its answer, None when it has ended."""
-
-    def send(self, request: Mapping[str, Any]) -> None: ...
-    def receive(self, timeout_s: float) -> dict[str, Any] | None: ...
-    def close(self) -> str: ...
-
-
-Launcher = Callable[[Mapping[str, Any]], Channel]
-
-
-class ProcessChannel:
-    """The probe as a process on this machine. `receive` raises TimeoutError; `close` returns stderr's last line."""
-
-    def __init__(self, settings: Mapping[str, Any], *, program: Path = PROBE) -> None:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, str(program), "serve", json.dumps(settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                encoding="utf-8",
-                # Ctrl-C must reach this program only, which then ends the process in an orderly way.
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._errors.close()
-            raise DeviceError(f"can't start the measuring process with {sys.executable}: {error.strerror}") from error
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def send(self, request: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended; `receive` reports that, with its reason
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-
-    def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except queue.Empty as error:
-            raise TimeoutError from error
-        if line is None:
-            return None
-        message = json.loads(line)
-        if not isinstance(message, dict):
-            raise ValueError(f"expected an object, found {line[:60]!r}")
-        return message
-
-    def close(self) -> str:
-        process = self._process
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with suppress(OSError):
-                    stream.close()
-        if self._errors.closed:
-            return ""
-        self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        self._errors.close()
-        return lines[-1] if lines else f"exit code {process.returncode}"
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        with suppress(ValueError):  # closed while reading
-            for line in self._process.stdout:
-                self._lines.put(line)
-        self._lines.put(None)
 
 
 class Device:
     """The device of a profile, to be used in a `with` block.
 
-    `requests` counts what was asked: "compare", "trace", "memory", "lower" (a trace whose times aren't kept), "facts".
-    `launch` starts the measuring process (default: on this machine). Every method raises DeviceError, in one line, when
-    the process dies, hangs, lacks the runtime, or the runtime refuses a model.
+    launch      starts the measuring process (default: on this machine)
+    notice      gets what the person who waits should know, e.g. that another process holds the device
+    requests    counts what was asked: "compare", "trace", "memory", "lower" (a trace whose times aren't kept), "facts"
+    conditions  under which the latest measurement was made, see `hardware/conditions.py`
+
+    Every method raises DeviceError, in one line, when the process dies, hangs, lacks the runtime, or the runtime
+    refuses a model.
     """
 
-    def __init__(self, profile: DeviceProfile, *, launch: Launcher | None = None, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self,
+        profile: DeviceProfile,
+        *,
+        launch: Launcher | None = None,
+        notice: Callable[[str], None] | None = None,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         self.profile = profile
         self.requests: Counter[str] = Counter()
+        self.conditions: Mapping[str, Any] = {}
         self._launch: Launcher = launch or ProcessChannel
+        self._notice = notice or (lambda text: None)
         self._silence_s = silence_s
         self._channel: Channel | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -187,8 +116,7 @@ class Device:
             return {}
         paths = {name: str(Path(path).absolute()) for name, path in models.items()}
         request = {"do": "compare", "models": paths, "bursts": bursts or self.profile.header.protocol.bursts}
-        with self.profile.measuring():
-            answer = self._ask("compare", request, "bursts_us", "runs")
+        answer = self._ask("compare", request, "bursts_us", "runs")
         return {name: timing(answer["bursts_us"][name], answer["runs"][name]) for name in models}
 
     def trace_kernels(self, model: Path, *, runs: int) -> list[RawKernel]:
@@ -196,8 +124,7 @@ class Device:
 
         The runs are split into the protocol's number of rounds; a slow model gets fewer (`burst_seconds` a round).
         """
-        with self.profile.measuring():
-            return self._trace("trace", model, runs, self.profile.header.protocol.trace_rounds)
+        return self._trace("trace", model, runs, self.profile.header.protocol.trace_rounds)
 
     def lower(self, model: Path) -> list[RawKernel]:
         """The executed nodes in order, without times worth keeping: two runs, which needn't wait for the device."""
@@ -205,17 +132,14 @@ class Device:
 
     def memory_bytes(self, model: Path) -> int:
         """Peak resident memory of a fresh process that runs the model, above one that runs an empty model."""
-        with self.profile.measuring():
-            if self._empty_bytes is None:
-                with self.saved(empty_model()) as path:
-                    self._empty_bytes = min(self._peak(path) for _ in range(3))
-            return max(0, min(self._peak(model) for _ in range(2)) - self._empty_bytes)
+        if self._empty_bytes is None:
+            with self.saved(empty_model()) as path:
+                self._empty_bytes = min(self._peak(path) for _ in range(3))
+        return max(0, min(self._peak(model) for _ in range(2)) - self._empty_bytes)
 
     def facts(self) -> HostFacts:
         """The machine with the runtime as the measuring process has it."""
-        here = host_facts()
-        answer = self._ask("facts", {"do": "facts"}, "onnxruntime")
-        return HostFacts(**{**vars(here), "onnxruntime": str(answer["onnxruntime"])})
+        return HostFacts.from_answer(self._ask("facts", {"do": "facts"}, *HostFacts.REQUIRED))
 
     def _trace(self, what: str, model: Path, runs: int, rounds: int) -> list[RawKernel]:
         optimized = self.folder / "optimized.onnx"
@@ -226,6 +150,7 @@ class Device:
             "runs": runs,
             "seconds": rounds * self.profile.header.protocol.burst_seconds,
             "optimized": str(optimized),
+            "exclusive": what == "trace",
         }
         answer = self._ask(what, request, "kernels", "inputs")
         try:
@@ -246,7 +171,9 @@ class Device:
                 self._channel = self._launch(self.profile.header.settings())
             self._channel.send(request)
             answer = self._channel.receive(self._silence_s)
-            while answer is not None and "progress" in answer:
+            while answer is not None and ("progress" in answer or "notice" in answer):
+                if "notice" in answer:
+                    self._notice(str(answer["notice"]))
                 answer = self._channel.receive(self._silence_s)
         except TimeoutError as error:
             self._end()
@@ -262,6 +189,7 @@ class Device:
             raise DeviceError(f"the measuring process ended during {what!r}: {self._end()}")
         if not answer.get("ok"):
             raise DeviceError(f"{what} failed: {answer.get('error', 'no reason given')}")
+        self.conditions = answer.get("conditions", self.conditions)
         missing = [field for field in fields if field not in answer]
         if missing:
             self._end()

@@ -15,23 +15,20 @@ that a drift of the machine hits all of them alike and each runs with the caches
 
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__":
-    # The folder of this file would shadow modules of the standard library (profile) for everything imported below.
-    _here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != _here]
-
 import glob
 import json
-import queue
-import subprocess
+import os
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+
+from .conditions import Watch, pin, pinned_cores
+from .machine import machine_facts
+from .serve import Say, in_one_line, run_again, serve
+from .serve import turn as device_turn
 
 SMALLEST_BURST = 3
 SMALLEST_TRACE = 9
@@ -45,7 +42,6 @@ _FLOATS = {"float": "float32", "float16": "float16", "double": "float64"}
 _OTHERS = {"bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"}
 
 Settings = dict[str, Any]
-Say = Callable[[dict[str, Any]], None]
 
 
 def burst_us(
@@ -178,13 +174,9 @@ def executed_nodes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(nodes.values())
 
 
-def memory(request: dict[str, Any], settings: Settings, _: Say) -> dict[str, Any]:
+def memory(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
     """Peak resident memory of a fresh process that loads the model and runs it."""
-    command = [sys.executable, os.path.abspath(__file__), "peak", json.dumps(settings), request["model"]]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"its process failed: {last_line(done.stderr) or f'exit code {done.returncode}'}")
-    return {"peak_bytes": json.loads(done.stdout.splitlines()[-1])["peak_bytes"]}
+    return run_again(["peak", json.dumps(settings), request["model"]], settings, say)
 
 
 def peak_of(settings: Settings, path: str) -> int:
@@ -216,38 +208,20 @@ def _windows_peak_bytes() -> int:
 
 
 def facts(_: dict[str, Any], settings: Settings, __: Say) -> dict[str, Any]:
+    """What this machine is (`machine.machine_facts`), and what the runtime says of itself."""
     import onnxruntime as ort
 
     offered = ort.get_available_providers()
-    if settings["provider"] not in offered:
+    if settings.get("provider", offered[0]) not in offered:
         raise RuntimeError(f"onnxruntime here has no {settings['provider']}; it offers {', '.join(offered)}")
-    return {"onnxruntime": ort.__version__, "pinned": pinned_cores()}
-
-
-def pinned_cores() -> list[int]:
-    """The cores that this process may use; empty where the system can't say."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
-def pin(threads: int) -> None:
-    """Keep to as many cores as there are threads: the fastest, and of those the last; the first serves interrupts."""
-    cores = sorted(pinned_cores(), key=lambda core: (core_khz(core), core))
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores[-threads:])
-
-
-def core_khz(core: int) -> int:
-    """The highest clock of a core, where the system tells; processors with cores of two kinds differ in it."""
-    try:
-        with open(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq", encoding="ascii") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 0
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    version = sys.version.split()[0]
+    return {
+        **machine_facts(),
+        "onnxruntime": ort.__version__,
+        "providers": offered,
+        "python": version,
+        "pinned": pinned_cores(),
+    }
 
 
 def _runner(session: Any) -> Callable[[], Any]:
@@ -260,42 +234,34 @@ def _type_text(shape: dict[str, list[int]]) -> str:
 
 
 ACTIONS = {"facts": facts, "compare": compare, "trace": trace, "memory": memory}
+MEASURING = {"compare", "trace", "memory"}
 
 
 def answer(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
-    """Do what one request asks; a failure becomes an answer with one line of text."""
+    """Do what one request asks; a failure becomes an answer with one line of text.
+
+    A measurement waits for its turn and is answered with its `conditions` (see `conditions.py`); one whose times aren't
+    kept (`"exclusive": false`) needs neither.
+    """
+    measuring = request["do"] in MEASURING and request.get("exclusive", True)
     try:
-        return {"ok": True, **ACTIONS[request["do"]](request, settings, say)}
-    except ModuleNotFoundError as error:
-        return {"ok": False, "error": f"{error.name} is not installed for {sys.executable}: pip install {error.name}"}
+        with device_turn(say) if measuring else nullcontext():
+            watch = Watch(pinned_cores()) if measuring else None
+            found = {"ok": True, **ACTIONS[request["do"]](request, settings, say)}
+            return {**found, "conditions": watch.report()} if watch else found
     except Exception as error:  # whatever the runtime raises has to reach the other side as an answer
-        return {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        return {"ok": False, "error": in_one_line(error)}
 
 
-def serve(settings: Settings) -> None:
-    pin(int(settings["threads"]))
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # The runtime's own chatter must not get between the answers.
-    os.dup2(2, 1)
-
-    def say(message: dict[str, Any]) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    requests: queue.Queue[str] = queue.Queue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            requests.put(line)
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-    while True:
-        say(answer(json.loads(requests.get()), settings, say))
+def answer_pinned(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
+    """`answer`, on as many cores as the settings have threads."""
+    if len(pinned_cores()) > int(settings.get("threads", len(pinned_cores()))):
+        pin(int(settings["threads"]))
+    return answer(request, settings, say)
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "peak":
-        print(json.dumps({"peak_bytes": peak_of(json.loads(sys.argv[2]), sys.argv[3])}))
+def main(arguments: list[str]) -> None:
+    if arguments[1] == "peak":
+        print(json.dumps({"peak_bytes": peak_of(json.loads(arguments[2]), arguments[3])}))
     else:
-        serve(json.loads(sys.argv[2]))
+        serve(arguments[0], arguments[1], answer_pinned)

@@ -81,7 +81,7 @@ class SimulatedRuntime:
         return "closed"
 
     def facts(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
-        return {"onnxruntime": FACTS.onnxruntime, "pinned": [0]}
+        return {**vars(FACTS), "pinned": [0]}
 
     def trace(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
         model = onnx.load(request["model"])

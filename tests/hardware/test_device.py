@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 from automl_compress.errors import DeviceError
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.profile import DeviceProfile
-from tests.hardware.simulated import SimulatedRuntime, chain
+from tests.hardware.simulated import FACTS, SimulatedRuntime, chain
 
 
 class Scripted(SimulatedRuntime):
@@ -40,7 +39,7 @@ FAILURES = {
     "hung": (TimeoutError(), "hung"),
     "refused": ({"ok": False, "error": "onnxruntime is not installed"}, "onnxruntime is not installed"),
     "garbage": (ValueError("no JSON"), "unreadable answer"),
-    "incomplete": ({"ok": True}, "without 'onnxruntime'"),
+    "incomplete": ({"ok": True}, "without 'architecture'"),
 }
 
 
@@ -64,8 +63,23 @@ def test_an_interrupted_request_ends_the_process_so_that_no_late_answer_is_taken
 
 
 def test_signs_of_life_are_not_answers(profile: DeviceProfile) -> None:
-    device, _ = asking(profile, {"progress": "1"}, {"progress": "2"}, {"ok": True, "onnxruntime": "9.9"})
-    assert device.facts().onnxruntime == "9.9"
+    device, _ = asking(profile, {"progress": "1"}, {"notice": "waiting"}, {"ok": True, **vars(FACTS)})
+    assert device.facts() == FACTS
+
+
+def test_what_the_person_should_know_is_passed_on(profile: DeviceProfile) -> None:
+    said: list[str] = []
+    channel = Scripted({"notice": "another process is measuring"}, {"ok": True, **vars(FACTS)})
+    Device(profile, launch=lambda settings: channel, notice=said.append).facts()
+    assert said == ["another process is measuring"]
+
+
+def test_the_conditions_of_the_latest_measurement_are_kept(profile: DeviceProfile) -> None:
+    measured = {"ok": True, "bursts_us": {"a": [1.0]}, "runs": {"a": 3}, "conditions": {"steal": 0.25}}
+    device, _ = asking(profile, measured, {"ok": True, **vars(FACTS)})
+    device.compare({"a": Path("a.onnx")})
+    device.facts()
+    assert device.conditions == {"steal": 0.25}
 
 
 def test_the_process_knows_the_profile_and_starts_when_it_is_needed(profile: DeviceProfile) -> None:
@@ -108,31 +122,3 @@ def test_temporary_files_are_gone_after_use(device: Device) -> None:
     assert not path.exists()
     device.close()
     assert not folder.exists()
-
-
-def test_only_one_measurement_at_a_time(profile: DeviceProfile, tmp_path: Path) -> None:
-    inside, most = 0, 0
-    guard = threading.Lock()
-
-    class Watching(SimulatedRuntime):
-        def compare(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
-            nonlocal inside, most
-            with guard:
-                inside += 1
-                most = max(most, inside)
-            answer = super().compare(request, slowness)
-            with guard:
-                inside -= 1
-            return answer
-
-    def measure() -> None:
-        with Device(DeviceProfile(profile.path), launch=Watching) as device, device.saved(chain(4, 8)) as path:
-            for _ in range(5):
-                device.compare({"a": path})
-
-    threads = [threading.Thread(target=measure) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from automl_compress.hardware.host import _cpu_name, _kernel_flags, host_facts, parse_cpuinfo
+from automl_compress.hardware.host import host_facts
+from automl_compress.hardware.machine import cpu_name, kernel_flags
 
 X86 = """processor\t: 0
 model name\t: AMD EPYC
@@ -21,10 +22,15 @@ def test_facts_are_the_same_each_time() -> None:
 
 
 def test_a_processor_is_named_with_its_generation() -> None:
-    assert _cpu_name(parse_cpuinfo(X86)) == "AMD EPYC, family 25 model 17"
-    assert _cpu_name(parse_cpuinfo(ARM)) == "implementer 0x41 part 0xd0c"
+    assert cpu_name(X86) == "AMD EPYC, family 25 model 17"
+    assert cpu_name(ARM) == "implementer 0x41 part 0xd0c"
+
+
+def test_a_chip_with_cores_of_two_kinds_is_named_by_both() -> None:
+    both = ARM + "\n" + ARM.replace("0xd0c", "0xd05").replace("processor\t: 0", "processor\t: 1")
+    assert cpu_name(both) == "implementer 0x41 part 0xd05+0xd0c"
 
 
 def test_only_instruction_sets_that_matter_are_kept() -> None:
-    assert _kernel_flags(parse_cpuinfo(X86)) == ("avx2", "fma")
-    assert _kernel_flags(parse_cpuinfo(ARM)) == ("asimd", "asimddp")
+    assert kernel_flags(X86) == ["avx2", "fma"]
+    assert kernel_flags(ARM) == ["asimd", "asimddp"]

@@ -11,16 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from automl_compress.errors import DeviceError
+from automl_compress.hardware.channel import BOOTSTRAP, LOADER, ProcessChannel, program
 from automl_compress.hardware.cost import CostModel
-from automl_compress.hardware.device import PROBE, Device, ProcessChannel
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.host import host_facts
 from automl_compress.hardware.measure import measure_variants
-from automl_compress.hardware.probe import executed_nodes, last_line
+from automl_compress.hardware.probe import executed_nodes
 from automl_compress.hardware.profile import load_profile
 from tests.hardware.simulated import chain
 from tests.hardware.test_kernels import residual
@@ -62,21 +65,19 @@ def test_what_the_runtime_refuses_is_one_line_and_the_process_goes_on(here: Devi
     assert here.facts()
 
 
-def test_a_process_that_dies_is_reported_with_its_last_words(here: Device, tmp_path: Path) -> None:
-    program = tmp_path / "dies.py"
-    program.write_text("import sys; sys.stdin.readline(); sys.exit('out of luck')")
-    device = Device(here.profile, launch=lambda settings: ProcessChannel(settings, program=program))
+def test_a_process_that_dies_is_reported_with_its_last_words(here: Device) -> None:
+    dying = [sys.executable, "-c", "import sys; sys.stdin.buffer.readline(); sys.exit('out of luck')"]
+    device = Device(here.profile, launch=lambda settings: ProcessChannel(settings, command=lambda _: dying))
     with pytest.raises(DeviceError, match=r"ended during 'facts': out of luck"):
         device.facts()
 
 
-def test_a_process_that_hangs_is_ended(here: Device, tmp_path: Path) -> None:
-    program = tmp_path / "hangs.py"
-    program.write_text("import time; time.sleep(600)")
+def test_a_process_that_hangs_is_ended(here: Device) -> None:
+    hanging = [sys.executable, "-c", "import time; time.sleep(600)"]
     channels = []
 
     def launch(settings: object) -> ProcessChannel:
-        channels.append(ProcessChannel({}, program=program))
+        channels.append(ProcessChannel({}, command=lambda _: hanging))
         return channels[0]
 
     with pytest.raises(DeviceError, match="hung"):
@@ -86,19 +87,38 @@ def test_a_process_that_hangs_is_ended(here: Device, tmp_path: Path) -> None:
 
 def test_without_the_runtime_the_answer_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError(name='onnxruntime')")
-    code = f"import sys, json; sys.path.insert(0, {str(tmp_path)!r}); sys.path.insert(0, {str(PROBE.parent)!r})\n" + (
-        "import probe; print(json.dumps(probe.answer({'do': 'facts'}, {}, print)))"
+    channel = ProcessChannel(
+        {}, command=lambda arguments: ["env", f"PYTHONPATH={tmp_path}", sys.executable, *arguments]
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install onnxruntime" in json.loads(done.stdout)["error"]
+    channel.send({"do": "facts"})
+    answer = channel.receive(60)
+    channel.close()
+    assert answer is not None
+    assert f"{sys.executable} -m pip install onnxruntime" in answer["error"]
 
 
-def test_the_process_ends_when_its_input_does() -> None:
-    settings = {"threads": 1, "provider": "CPUExecutionProvider"}
-    command = [sys.executable, str(PROBE), "serve", json.dumps(settings)]
-    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0
-    assert done.stdout == ""
+def test_the_process_says_what_the_machine_is(here: Device) -> None:
+    facts = here.facts()
+    assert facts.providers
+    assert replace(facts, providers=()) == host_facts()
+
+
+def test_the_process_ends_when_its_input_does_and_leaves_no_file(tmp_path: Path) -> None:
+    code = program()
+    command = [sys.executable, "-c", BOOTSTRAP, str(len(LOADER)), str(len(code)), str(tmp_path)]
+    done = subprocess.run(command, input=LOADER.encode() + code, capture_output=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["folder"].startswith(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_measurement_comes_with_its_conditions(here: Device) -> None:
+    with here.saved(chain(4, 8)) as path:
+        here.lower(path)
+        assert not here.conditions
+        here.compare({"a": path}, bursts=1)
+    assert here.conditions["seconds"] > 0
+    assert here.conditions["involuntary_switches"] >= 0
 
 
 MEASURER = """
@@ -167,8 +187,3 @@ def test_events_of_one_node_are_gathered_in_order_of_execution() -> None:
         ("b", [1, 3], ["float[1,3]"]),
         ("a", [2], ["float[1,3]"]),
     ]
-
-
-def test_the_last_words_are_the_last_line_that_says_something() -> None:
-    assert last_line("Traceback\n  x\nError: no\n\n") == "Error: no"
-    assert last_line("") == ""
