@@ -202,8 +202,8 @@ def _lock(lock: int, path: str, say: Say) -> None:
 
     def wait(own: int) -> None:
         fcntl.flock(own, fcntl.LOCK_EX)
+        os.close(own)  # the lock stays with the original, unless nobody waits for it any more
         held.set()
-        os.close(own)
 
     threading.Thread(target=wait, args=(os.dup(lock),), daemon=True).start()
     waited = 0.0
