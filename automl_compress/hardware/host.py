@@ -45,17 +45,6 @@ class HostFacts:
             providers=tuple(answer.get("providers", ())),
         )
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The facts that a profile is matched by."""
-        return {
-            "architecture": self.architecture,
-            "cpu": self.cpu,
-            "flags": list(self.flags),
-            "cores": self.cores,
-            "onnxruntime": self.onnxruntime,
-        }
-
 
 def host_facts() -> HostFacts:
     """The facts of this machine, without starting a measuring process."""

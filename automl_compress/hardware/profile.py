@@ -11,14 +11,13 @@ A file of an older version is read as it is; the first append rewrites it in tod
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from automl_compress import data_files
-from automl_compress.errors import DeviceError, ProfileError
-from automl_compress.hardware.files import append, decode, file_lock, locked, read_bytes, replace_file
+from automl_compress.errors import ProfileError
+from automl_compress.hardware.files import append, decode, file_lock, read_bytes, replace_file
 from automl_compress.hardware.header import Operator, header_version, read_header
 from automl_compress.hardware.host import HostFacts, host_facts
 from automl_compress.hardware.migrate import VERSION, upgraded
@@ -32,7 +31,6 @@ from automl_compress.hardware.schema import (
 )
 from automl_compress.hardware.template import MARK, START, create, facts_by_name, measured_file, measured_folder
 
-_DEVICE_TIMEOUT_S = 3600.0
 _FACTS = {
     "architecture": "architecture",
     "cpu": "CPU",
@@ -152,14 +150,6 @@ class DeviceProfile:
         with file_lock(self.path):
             self._sync()
             return self._upgrade()
-
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Hold the device: only one process at a time may measure. Raises DeviceError after waiting an hour."""
-        path = self.path.with_name("measuring.lock")
-        busy = DeviceError(f"another process has been measuring for an hour (it holds {path}); end it")
-        with locked(path, _DEVICE_TIMEOUT_S, busy):
-            yield
 
     def _operators(self, kind: str) -> dict[int, Operator]:
         return {str(k): v for k, v in self.header.operators.items()}.get(kind, {})
