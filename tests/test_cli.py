@@ -210,7 +210,18 @@ def test_show_prints_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out)["status"] == "met"
 
 
-@pytest.mark.parametrize("command", ["", "search", "worker", "show", "replay"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "search",
+        "worker",
+        "show",
+        "replay",
+        "devices",
+        *(f"devices {c}" for c in ["list", "show", "check", "diff", "merge"]),
+    ],
+)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), flag]) == 0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from automl_compress.progress import Progress, SilentProgress, make_progress
 
@@ -17,6 +17,19 @@ INTERRUPTED = 130
 def print_result(text: str) -> None:
     # Flushed here, so that a full disk or a closed pipe is noticed while it can still become an exit code.
     print(text, flush=True)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows as left-aligned columns, numbers to the right."""
+    lines = [tuple(headers), *(tuple(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = [all(_is_number(line[i]) for line in lines[1:]) for i in range(len(widths))]
+    cells = ([c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() or text[:1] == "-"
 
 
 def fail(message: str, code: int) -> int:
