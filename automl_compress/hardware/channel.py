@@ -31,14 +31,29 @@ BOOTSTRAP = (
     f'sys.exit("Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or later is needed, found " + sys.version.split()[0]); '
     "exec(sys.stdin.buffer.read(int(sys.argv[1])))"
 )
-# What runs next: unpacks the program into a folder that it removes when it ends. argv: -c, size of this text, size of
-# the program, folder for temporary files (or nothing).
+# What runs next: unpacks the program into a folder that it removes when it ends. A process that was killed could not;
+# nobody holds the lock in its folder any more, by which the next one knows. argv: -c, size of this text, size of the
+# program, folder for temporary files (or nothing).
 LOADER = """
 import sys
 sys.path[:] = [path for path in sys.path if path]  # a file of the user's could shadow a standard module
-import os, runpy, shutil, tempfile
+import glob, os, runpy, shutil, tempfile
 program = sys.stdin.buffer.read(int(sys.argv[2]))
 folder = tempfile.mkdtemp(prefix="automl-compress-", dir=sys.argv[3] if len(sys.argv) > 3 else None)
+try:
+    import fcntl
+    own = open(os.path.join(folder, "unlocked"), "w")
+    fcntl.flock(own, fcntl.LOCK_EX)
+    os.rename(own.name, os.path.join(folder, "held"))
+    for path in glob.glob(os.path.join(os.path.dirname(folder), "automl-compress-*", "held")):
+        try:
+            with open(path) as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+        except OSError:
+            pass
+except ImportError:
+    pass
 os.environ["TMPDIR"] = tempfile.tempdir = folder
 try:
     path = os.path.join(folder, "probe.pyz")
@@ -53,11 +68,15 @@ _MAIN = "import sys\nfrom measuring.probe import main\nmain(sys.argv)\n"
 _GRACE_S = 2.0
 
 
+class ConnectionLost(DeviceError):
+    """The way to the measuring process broke while it was in use; it may be there again at once."""
+
+
 class Channel(Protocol):
     """A running measuring process.
 
     `send` one request; `receive` one message of its answer, None when the process has ended, TimeoutError when nothing
-    came. `close` ends it and returns its last words.
+    came, ConnectionLost when the way to it broke. `close` ends it and returns its last words.
     """
 
     def send(self, request: Mapping[str, Any]) -> None: ...
@@ -99,6 +118,8 @@ class ProcessChannel:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._messages: queue.Queue[tuple[dict[str, Any], bytes | None] | ValueError | None] = queue.Queue()
         self._is_here = command is here
+        self._ready = threading.Event()
+        self._words = ""
         self.folder = ""
         try:
             self._process = subprocess.Popen(
@@ -124,6 +145,15 @@ class ProcessChannel:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int:
+        """Of the command, once it has ended."""
+        return int(self._process.returncode)
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """Whether the program runs; False if it has ended, or isn't there in time."""
+        return self._ready.wait(timeout_s) and bool(self.folder)
+
     def send(self, request: Mapping[str, Any], payload: bytes | None = None) -> None:
         with suppress(OSError):
             write_message(self._stdin, dict(request), payload)
@@ -144,10 +174,10 @@ class ProcessChannel:
 
     def close(self) -> str:
         """End the process; returns the last line that it wrote to stderr, or its exit code."""
-        return self.last_words().strip().rpartition("\n")[2].strip() or f"exit code {self._process.returncode}"
+        return self.last_words().rstrip().rpartition("\n")[2].strip() or f"exit code {self.exit_code}"
 
     def last_words(self) -> str:
-        """End the process; returns all that it wrote to stderr, the first time."""
+        """End the process; returns all that it wrote to stderr."""
         with suppress(OSError):
             self._stdin.close()  # which is how it is told to end
         try:
@@ -159,12 +189,11 @@ class ProcessChannel:
                 shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self._stdout.close()
-        if self._errors.closed:
-            return ""
-        self._errors.seek(0)
-        text = self._errors.read().decode(errors="replace")
-        self._errors.close()
-        return text
+        if not self._errors.closed:
+            self._errors.seek(0)
+            self._words = self._errors.read().decode(errors="replace")
+            self._errors.close()
+        return self._words
 
     def _listen(self) -> None:
         greeted = False
@@ -179,7 +208,9 @@ class ProcessChannel:
                 continue
             if received and "hello" in received[0]:
                 greeted, self.folder = True, str(received[0]["folder"])
+                self._ready.set()
                 continue
             self._messages.put(received)
             if received is None:
+                self._ready.set()
                 return

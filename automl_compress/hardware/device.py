@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,21 +20,20 @@ from onnx import helper
 
 from automl_compress.core.result import Timing
 from automl_compress.errors import DeviceError
-from automl_compress.hardware.channel import Channel, Launcher, ProcessChannel
+from automl_compress.hardware.channel import Launcher
+from automl_compress.hardware.dialogue import LOCAL, SILENCE_S, Dialogue, Link, Notice
 from automl_compress.hardware.executed import RawKernel, read_trace
 from automl_compress.hardware.host import HostFacts
 from automl_compress.hardware.kernels import Lowered, kernels_of, live_bytes, structure_digest
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.timer import timing
 
-# Without any answer or sign of progress for so long, the process counts as hung.
-SILENCE_S = 300.0
-
 
 class Device:
     """The device of a profile, to be used in a `with` block.
 
-    launch      starts the measuring process (default: on this machine)
+    link        how it is reached (default: this machine)
+    launch      starts the measuring process in the link's stead
     notice      gets what the person who waits should know, e.g. that another process holds the device
     requests    counts what was asked: "compare", "trace", "memory", "lower" (a trace whose times aren't kept), "facts"
     conditions  under which the latest measurement was made, see `hardware/conditions.py`
@@ -47,17 +46,16 @@ class Device:
         self,
         profile: DeviceProfile,
         *,
+        link: Link = LOCAL,
         launch: Launcher | None = None,
-        notice: Callable[[str], None] | None = None,
+        notice: Notice = lambda text: None,
         silence_s: float = SILENCE_S,
     ) -> None:
         self.profile = profile
         self.requests: Counter[str] = Counter()
         self.conditions: Mapping[str, Any] = {}
-        self._launch: Launcher = launch or ProcessChannel
-        self._notice = notice or (lambda text: None)
-        self._silence_s = silence_s
-        self._channel: Channel | None = None
+        self.link = replace(link, launch=launch) if launch else link
+        self._dialogue = Dialogue(self.link, profile.header.settings(), notice, silence_s)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._saved = 0
         self._empty_bytes: int | None = None
@@ -73,7 +71,7 @@ class Device:
 
     def close(self) -> None:
         """End the measuring process and remove temporary files. Closing twice is harmless; the next use reopens it."""
-        self._end()
+        self._dialogue.end()
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -164,43 +162,10 @@ class Device:
         return int(answer["peak_bytes"])
 
     def _ask(self, what: str, request: Mapping[str, Any], *fields: str) -> dict[str, Any]:
-        """One request and its answer; whatever goes wrong ends the process and becomes a DeviceError."""
         self.requests[what] += 1
-        try:
-            if self._channel is None:
-                self._channel = self._launch(self.profile.header.settings())
-            self._channel.send(request)
-            answer = self._channel.receive(self._silence_s)
-            while answer is not None and ("progress" in answer or "notice" in answer):
-                if "notice" in answer:
-                    self._notice(str(answer["notice"]))
-                answer = self._channel.receive(self._silence_s)
-        except TimeoutError as error:
-            self._end()
-            silence = f"{self._silence_s:g} s"
-            raise DeviceError(f"the measuring process hung: no sign of life for {silence} during {what!r}") from error
-        except ValueError as error:
-            raise DeviceError(f"the measuring process gave an unreadable answer ({error}): {self._end()}") from error
-        except BaseException:
-            # After Ctrl-C in here the answer would be taken for that of the next request.
-            self._end()
-            raise
-        if answer is None:
-            raise DeviceError(f"the measuring process ended during {what!r}: {self._end()}")
-        if not answer.get("ok"):
-            raise DeviceError(f"{what} failed: {answer.get('error', 'no reason given')}")
+        answer = self._dialogue.ask(what, request, *fields)
         self.conditions = answer.get("conditions", self.conditions)
-        missing = [field for field in fields if field not in answer]
-        if missing:
-            self._end()
-            raise DeviceError(
-                f"the measuring process answered {what!r} without {missing[0]!r}; install the program anew"
-            )
         return answer
-
-    def _end(self) -> str:
-        channel, self._channel = self._channel, None
-        return channel.close() if channel is not None else ""
 
 
 def empty_model() -> onnx.ModelProto:

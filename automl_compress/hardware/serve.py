@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .wire import read_message, write_message
@@ -77,17 +77,23 @@ def serve(program: str, folder: str, answer: Answer) -> None:
             continue
         if "settings" in message:
             settings = {**message["settings"], "program": program}
+        elif "remove" in message:
+            discard(message["remove"])
         elif "put" in message:
             trouble = trouble or store(message["put"], payload or b"")
         elif trouble:
             say({"ok": False, "error": trouble})
             trouble = ""
         else:
-            for path in message.pop("remove", ()):
-                os.unlink(path)
             wanted = message.pop("fetch", None)
             found = answer(message, settings, say)
             say(*(fetched(wanted, found) if wanted and found["ok"] else (found,)))
+
+
+def discard(paths: list[str]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def store(path: str, content: bytes) -> str:
@@ -96,8 +102,7 @@ def store(path: str, content: bytes) -> str:
         with open(path, "wb") as file:
             file.write(content)
     except OSError as error:
-        if os.path.exists(path):
-            os.unlink(path)
+        discard([path])
         return in_one_line(error)
     return ""
 

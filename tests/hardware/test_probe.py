@@ -129,7 +129,7 @@ from automl_compress.hardware.profile import load_profile
 
 with Device(load_profile("local", home=Path(sys.argv[1]))) as device:
     device.facts()
-    print(device._channel.pid, flush=True)
+    print(device._dialogue._channel.pid, flush=True)
     device.compare({"a": Path(sys.argv[2])}, bursts=10_000_000)
 """
 
@@ -164,7 +164,7 @@ def _alive(pid: int) -> bool:
 
 def test_closing_leaves_no_process_behind(here: Device) -> None:
     here.facts()
-    channel = here._channel
+    channel = here._dialogue._channel
     assert isinstance(channel, ProcessChannel)
     assert channel._process.poll() is None
     here.close()

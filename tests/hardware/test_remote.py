@@ -1,0 +1,250 @@
+"""A device behind a real sshd on the loopback: the same answers as here, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from automl_compress.errors import DeviceError
+from automl_compress.hardware import remote
+from automl_compress.hardware.channel import ProcessChannel
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.dialogue import Link
+from automl_compress.hardware.host import host_facts
+from automl_compress.hardware.measure import measure_variants
+from automl_compress.hardware.profile import DeviceProfile, load_profile
+from automl_compress.hardware.remote import link_to
+from automl_compress.hardware.serve import turn
+from automl_compress.progress import SilentProgress
+from tests import sshd
+from tests.hardware.simulated import chain
+from tests.hardware.test_kernels import residual
+
+pytestmark = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "sshd is here")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Server]:
+    server = sshd.Server(tmp_path_factory.mktemp("sshd"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(running: sshd.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[sshd.Server]:
+    """The server as it was set up, whatever an earlier test did to it."""
+    monkeypatch.setenv("PATH", running.path)
+    yield running
+    running.configure()
+    running.trust("host")
+    if not running.is_running:
+        running.start()
+    assert not running.left_behind()
+
+
+@pytest.fixture
+def link(server: sshd.Server) -> Link:
+    return replace(link_to(server.url()), pause_s=0.0)
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> DeviceProfile:
+    return load_profile("local", home=tmp_path)
+
+
+class During(SilentProgress):
+    """Does something to the device in the middle of it: when so many units of work are done."""
+
+    def __init__(self, after: int, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._left, self._act = after, act
+
+    def advance(self, n: int = 1, **facts: Any) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._act()
+
+
+VARIANTS = [residual(), chain(8, 16, 4), chain(8, 4, 4), chain(8, 24, 4)]
+
+
+def test_a_device_says_what_it_is(link: Link) -> None:
+    facts = link.facts()
+    assert facts.providers
+    assert replace(facts, providers=()) == host_facts()
+
+
+def test_everything_is_measured_there_and_nothing_twice(
+    server: sshd.Server, link: Link, profile: DeviceProfile
+) -> None:
+    with Device(profile, link=link) as device:
+        filled = measure_variants(device, VARIANTS, memories=1)
+        assert (filled.models, filled.memories) == (4, 1)
+        assert device.conditions["seconds"] > 0
+        assert list(server.tmp.iterdir())
+    with Device(profile, link=link) as device, device.saved(chain(8, 16, 4)) as path:
+        assert measure_variants(device, VARIANTS, memories=1).requests == 0
+        device.compare({"a": path, "b": path}, bursts=2)
+
+
+def test_what_is_executed_there_is_what_is_executed_here(link: Link, profile: DeviceProfile) -> None:
+    """On the same machine; the optimized graph, from which weights and fusions are read, comes back whole."""
+    with Device(profile, link=link) as there, Device(profile) as here:
+        for model in VARIANTS:
+            assert there.lowered(model) == here.lowered(model)
+
+
+def test_a_lost_connection_is_made_anew(server: sshd.Server, link: Link, profile: DeviceProfile) -> None:
+    said: list[str] = []
+    with Device(profile, link=link, notice=said.append) as device:
+        measure_variants(device, VARIANTS, memories=0, progress=During(2, server.drop_connections))
+    assert [text for text in said if "connecting again" in text] == said
+    assert len(said) == 1
+    assert len(profile.models) == len(VARIANTS)
+
+
+def test_what_was_measured_before_the_device_went_away_is_kept(server: sshd.Server, link: Link, tmp_path: Path) -> None:
+    with Device(load_profile("local", home=tmp_path / "whole"), link=link) as device:
+        measure_variants(device, VARIANTS, memories=0)
+        whole = device.requests["trace"]
+    profile = load_profile("local", home=tmp_path / "broken")
+    with Device(profile, link=link) as device:
+        with pytest.raises(DeviceError, match="What was measured is kept") as caught:
+            measure_variants(device, VARIANTS, memories=0, progress=During(2, server.stop))
+        before = device.requests["trace"]
+    assert "\n" not in str(caught.value)
+    known = len(load_profile("local", home=tmp_path / "broken").kernels)
+    assert known > 0
+    server.start()
+    profile = load_profile("local", home=tmp_path / "broken")
+    with Device(profile, link=link) as device:
+        filled = measure_variants(device, VARIANTS, memories=0)
+        after = device.requests["trace"]
+    # The trace that the connection broke in is the only one that is asked for again.
+    assert before + after == whole + 1
+    assert known + filled.kernels == len(profile.kernels)
+    assert all(kernel.count == 1 for kernel in profile.kernels.values())
+
+
+def test_a_process_that_is_killed_over_there_is_a_loss_too(
+    server: sshd.Server, link: Link, profile: DeviceProfile
+) -> None:
+    """As when a device runs out of memory. It can't remove its files any more; the next one does."""
+    with Device(profile, link=link) as device:
+        device.facts()
+        [remains] = server.tmp.iterdir()
+        for process in server.processes():
+            process.kill()
+        with device.saved(chain(8, 16, 4)) as path:
+            assert device.compare({"a": path}, bursts=1)
+        assert remains not in list(server.tmp.iterdir())
+
+
+def test_who_has_to_wait_for_the_device_is_told(server: sshd.Server, link: Link, profile: DeviceProfile) -> None:
+    waiting, done = threading.Event(), threading.Event()
+    with Device(profile, link=link, notice=lambda text: waiting.set()) as device, device.saved(chain(4, 8)) as path:
+
+        def measure() -> None:
+            device.compare({"a": path}, bursts=1)
+            done.set()
+
+        with turn(lambda message: None, str(server.lock)):
+            thread = threading.Thread(target=measure)
+            thread.start()
+            assert waiting.wait(60)
+            assert not done.is_set()
+        thread.join(60)
+    assert done.is_set()
+
+
+def test_a_model_that_is_used_again_is_sent_once(
+    link: Link, profile: DeviceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    write = ProcessChannel.send
+
+    def counting(self: ProcessChannel, request: dict[str, Any], payload: bytes | None = None) -> None:
+        sent.extend(request.keys() & {"put", "remove"})
+        write(self, request, payload)
+
+    monkeypatch.setattr(ProcessChannel, "send", counting)
+    with Device(profile, link=link) as device, device.saved(chain(8, 16, 4)) as path:
+        device.compare({"a": path}, bursts=1)
+        device.compare({"a": path, "b": path}, bursts=1)
+        assert sent == ["put"]
+        # Room for nothing: whatever isn't needed at the moment goes.
+        monkeypatch.setattr(remote, "KEPT_BYTES", 0)
+        with device.saved(chain(8, 4, 4)) as other:
+            device.compare({"a": other}, bursts=1)
+            device.compare({"a": path}, bursts=1)
+    assert sent == ["put", "remove", "put", "remove", "put"]
+
+
+def refused(server: sshd.Server, url: str | None = None) -> str:
+    with pytest.raises(DeviceError) as caught:
+        link_to(url or server.url()).facts()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_refused_key(server: sshd.Server) -> None:
+    server.configure(identity="stranger")
+    assert "it refused your key; install it with ssh-copy-id device" in refused(server)
+
+
+def test_an_unknown_host_key(server: sshd.Server) -> None:
+    (server.folder / "known_hosts").write_text("")
+    assert "not known yet; connect once by hand to check and accept it: ssh device" in refused(server)
+
+
+def test_another_host_key_than_the_known_one(server: sshd.Server) -> None:
+    server.trust("stranger")
+    assert "may be another machine" in refused(server)
+
+
+def test_an_unreachable_device(server: sshd.Server) -> None:
+    assert "no host of that name" in refused(server, "ssh://no-such-host.invalid")
+    server.stop()
+    assert "nothing answers at port" in refused(server)
+
+
+def test_no_python_there(server: sshd.Server) -> None:
+    assert "there is no /no/python there; name its Python with ?python=PATH" in refused(
+        server, server.url("/no/python")
+    )
+
+
+def test_no_runtime_there(server: sshd.Server) -> None:
+    absent = server.folder / "absent"
+    absent.mkdir()
+    for module in ("onnxruntime", "numpy"):
+        (absent / f"{module}.py").write_text(f"raise ModuleNotFoundError(name={module!r})")
+    python = server.script(server.folder / "bare", f'PYTHONPATH={absent} exec {sys.executable} "$@"')
+    assert f"onnxruntime is not installed for {sys.executable}: {sys.executable} -m pip install onnxruntime" in refused(
+        server, server.url(str(python))
+    )
+
+
+def test_an_old_python_there(server: sshd.Server) -> None:
+    code = (
+        "import sys; sys.version_info = (3, 6, 8); sys.version = '3.6.8 (default)'; code = sys.argv.pop(2); exec(code)"
+    )
+    python = server.script(server.folder / "old", f'exec {sys.executable} -c "{code}" "$@"')
+    assert "Python 3.9 or later is needed, found 3.6.8 as" in refused(server, server.url(str(python)))
+
+
+def test_a_shell_that_greets_does_no_harm(server: sshd.Server) -> None:
+    python = server.script(server.folder / "greeting", "echo 'Welcome to device!'", f'exec {sys.executable} "$@"')
+    assert link_to(server.url(str(python))).facts().cores == host_facts().cores
+
+
+def test_a_folder_for_temporary_files_that_is_not_there(server: sshd.Server) -> None:
+    text = refused(server, f"ssh://device?python={sys.executable}&tmp=/no/folder")
+    assert "can't start there (FileNotFoundError" in text
