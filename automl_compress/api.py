@@ -18,7 +18,7 @@ from automl_compress.core.result import Result
 from automl_compress.deploy.report import write_report
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import CompressError, InfeasibleError, InputError, Interrupted, PlanError
-from automl_compress.hardware.device import Device
+from automl_compress.hardware.estimated import device_for
 from automl_compress.hardware.profile import load_profile
 from automl_compress.model.task import Task, load_task, prepare, require_task_file
 from automl_compress.model.trace import trace
@@ -70,7 +70,8 @@ def compress(
     storage   an Optuna storage to share the study in; `work` joins it
     output    run folder (default runs/TASK-BUDGET); the same call with the same folder resumes
 
-    Returns a Result with status 'met' or 'infeasible'. Raises CompressError, with one line that says what to do.
+    Returns a Result with status 'met', 'estimated' (a profile whose device isn't here: nothing was measured on it) or
+    'infeasible'. Raises CompressError, with one line that says what to do.
     """
     limits = parse_budget(latency, size, memory)
     progress = progress or SilentProgress()
@@ -96,7 +97,7 @@ def compress(
     )
     with _campaign(task, settings, folder, progress) as campaign:
         known = campaign.folder.read_json("result.json")
-        if known is not None and known["status"] == "met":
+        if known is not None and known["status"] in ("met", "estimated"):
             progress.note(f"{folder} holds a finished run; delete it to start anew")
             return Result.from_json(known, folder)
         campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
@@ -186,7 +187,7 @@ def _campaign(task: Task | str, settings: Settings, folder: Path, progress: Prog
         "budget": ", ".join(f"{m} {limit.text}" for m, limit in settings.limits.items()),
         "seed": str(options.get("seed") or 0),
     }
-    with RunFolder(folder, identity) as run_folder, Device(device_profile) as device:
+    with RunFolder(folder, identity) as run_folder, device_for(device_profile) as device:
         yield Campaign(
             bench=Workbench(loaded, graph, importance=space.importance, seed=int(options.get("seed") or 0)),
             space=space,
@@ -214,7 +215,7 @@ def _run(campaign: Campaign, settings: Settings) -> Result:
         verified = verify(campaign, best, beaten)
         if verified.met:
             return _delivered(campaign, settings, best, verified)
-        campaign.progress.note("the finished model missed the budget when measured; the search goes on")
+        campaign.progress.note("the finished model missed the budget; the search goes on")
         campaign.measured[best.plan.key] = verified.beside(campaign.original)
     raise InfeasibleError(
         f"{_DELIVERIES} finished models missed the budget when measured",
@@ -247,7 +248,7 @@ def _delivered(campaign: Campaign, settings: Settings, best: Candidate, verified
             notes.append(f"the delivered model is the baseline {name}: the search found nothing better")
     return _result(
         campaign,
-        status="met",
+        status="met" if verified.cost.provenance == "measured" else "estimated",
         original=verified.original,
         delivered=delivered,
         baselines=verified.baselines,
@@ -282,11 +283,13 @@ def _interrupted(campaign: Campaign) -> Result:
 
 def _result(campaign: Campaign, **fields: Any) -> Result:
     header = campaign.device.profile.header
+    shown = {"provenance", "match", "runtime", "device", "memory"}
+    shown |= {"protocol"} if campaign.device.measures else {"sources", "roofline"}
     device = {
         "profile": campaign.device.profile.name,
         "file": str(campaign.device.profile.path),
         "threads": campaign.device.profile.threads,
-        **header.model_dump(include={"match", "runtime", "protocol"}, mode="json"),
+        **header.model_dump(include=shown, mode="json"),
     }
     return Result(device=device, folder=campaign.folder.path, trials=campaign.trial_counts(), **fields)
 

@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from automl_compress import api, cli
 from automl_compress.core.result import Result
 from automl_compress.errors import PlanError, RunFolderError
-from automl_compress.hardware.device import Device
+from automl_compress.hardware.estimated import device_for
 from tests import mortal, tiny
 from tests.search.campaigns import RULES
 from tests.search.device import TimelessRuntime
@@ -31,6 +31,7 @@ from tests.search.device import TimelessRuntime
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {"latency": "60%", "size": "60%"}
 EFFORT: dict[str, Any] = {"trials": 8, "epochs": 1}
+MICROCONTROLLER = "cortex-m7-400mhz"
 FILES = {
     "best.onnx", "best.safetensors", "config.yaml", "original.onnx", "plan.json", "report.html", "result.json",
     "run.json", "study.journal",
@@ -51,7 +52,7 @@ def _no_clock(tmp_path_factory: pytest.TempPathFactory, asked: Counter[str]) -> 
     Counted.asked = asked
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTOML_COMPRESS_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setattr(api, "Device", partial(Device, launch=Counted))
+        patch.setattr(api, "device_for", partial(device_for, launch=Counted))
         yield
 
 
@@ -127,6 +128,49 @@ def test_the_run_folder_is_complete_and_consistent(delivered: Result) -> None:
     assert config["trials"] == EFFORT["trials"]
     assert config["latency"] == BUDGET["latency"]
     assert "<html" in (folder / "report.html").read_text()
+
+
+def test_an_estimated_device_delivers_a_model_that_is_not_called_measured(
+    space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a shipped profile of a microcontroller, through the real runtime; nothing of it may be timed."""
+    folder = tmp_path / "run"
+    result = api.compress(
+        tiny.task(),
+        space=space,
+        output=folder,
+        latency="60%",
+        memory="70%",
+        trials=6,
+        epochs=0,
+        profile=MICROCONTROLLER,
+    )
+    assert result.status == "estimated"
+    assert result.delivered is not None
+    assert result.original is not None
+    for figures in (result.original, result.delivered, *result.baselines.values()):
+        assert figures.provenance == "estimated"
+    assert result.delivered.latency_us <= result.budget["latency"] == pytest.approx(0.6 * result.original.latency_us)
+    assert result.delivered.memory_bytes <= result.budget["memory"]
+    assert result.device["provenance"] == "estimated"
+    assert any("not measured on the device" in note for note in result.notes)
+    assert cli.main(["show", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("estimated: ")
+    assert "met by estimate" in told
+    assert "measured 0" not in told
+    assert "nothing was measured on the device" in (folder / "report.html").read_text()
+    again = api.compress(
+        tiny.task(),
+        space=space,
+        output=folder,
+        latency="60%",
+        memory="70%",
+        trials=6,
+        epochs=0,
+        profile=MICROCONTROLLER,
+    )
+    assert again.to_json() == json.loads(json.dumps(result.to_json()))
 
 
 def test_the_figures_hold_when_measured_with_nothing_but_the_runtime(delivered: Result) -> None:
@@ -266,7 +310,7 @@ def test_a_search_that_was_killed_goes_on_without_evaluating_a_plan_twice(
     before = evaluated(folder)
     assert before
     monkeypatch.setenv("AC_TEST_CALL", "0")
-    monkeypatch.setattr(api, "Device", Device)
+    monkeypatch.setattr(api, "device_for", device_for)
     assert cli.main(command) == 0
     data = result_of(folder)
     assert data["status"] == "met"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def test_defaults() -> None:
     [
         (MET, 0),
         (INFEASIBLE, 3),
+        (replace(MET, status="estimated"), 4),
         (Result(status="interrupted", budget={}, original=None), 130),
         (TrainingError("the loss is NaN"), 1),
         (TaskError("no such file"), 2),

@@ -3,7 +3,8 @@
 A new group of commands is a module with a `commands` of its own, and a line in `GROUPS`: with a name it is called as
 `automl-compress NAME COMMAND`, without one its commands stand beside `search`.
 
-Exit codes: 0 met and verified, 1 error, 2 usage or bad input, 3 no feasible model, 130 interrupted.
+Exit codes: 0 met and verified, 1 error, 2 usage or bad input, 3 no feasible model, 4 met by estimate only, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 met and verified, 1 error, 2 usage or bad input, 3 no feasible model, 130 interrupted.",
+    epilog=(
+        "Exit codes: 0 met and verified, 1 error, 2 usage or bad input, 3 no feasible model, 4 met by estimate only "
+        "(the device is not here), 130 interrupted."
+    ),
 )
 for _name, _group in GROUPS:
     app.add_typer(_group, name=_name)

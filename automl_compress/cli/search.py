@@ -16,7 +16,7 @@ from automl_compress.core.budget import parse_budget
 from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
 
-EXIT_CODES = {"met": 0, "infeasible": 3, "interrupted": 130}
+EXIT_CODES = {"met": 0, "infeasible": 3, "estimated": 4, "interrupted": 130}
 
 commands = typer.Typer()
 

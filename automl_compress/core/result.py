@@ -7,19 +7,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from automl_compress.core.budget import Provenance
 from automl_compress.core.plan import Plan
 
-Status = Literal["met", "infeasible", "interrupted"]
+Status = Literal["met", "estimated", "infeasible", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """A measured latency. `values_us` are the raw means of bursts; the median is what counts."""
+    """A latency. `values_us` are the raw means of bursts; the median is what counts.
+
+    `provenance` is "measured" unless the device isn't here: then there is a single predicted value.
+    """
 
     values_us: tuple[float, ...]
     median_us: float
     spread: float
     runs: int
+    provenance: Provenance = "measured"
 
     @property
     def trusted(self) -> bool:
@@ -31,6 +36,7 @@ class Timing:
 class Figures:
     """One model as measured: validation metric, latency of one sample, file size, peak memory of a fresh process.
 
+    `provenance` is that of latency and memory: "measured" unless the device isn't here; metric and size always are.
     `latency_ratio` is to the original, measured beside it in alternating bursts of the same run.
     """
 
@@ -38,6 +44,7 @@ class Figures:
     latency_us: float
     size_bytes: int
     memory_bytes: int
+    provenance: Provenance = "measured"
     latency_ratio: float = 1.0
     latency_spread: float = 0.0
     predicted_latency_us: float | None = None
@@ -62,7 +69,8 @@ class Figures:
 class Result:
     """The outcome of a run. `folder` holds everything named in the README's list of the run folder.
 
-    status     "met": `delivered` was measured and meets the budget; "infeasible": nothing reachable does; "interrupted"
+    status     "met": `delivered` was measured on the device and meets the budget; "estimated": the device isn't here,
+               and by estimate it does; "infeasible": nothing reachable does; "interrupted"
     budget     metric -> limit in microseconds or bytes
     baselines  name -> figures of the models that the search has to beat
     nearest    infeasible only: metric -> the lowest figure that is reachable

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from automl_compress.core.budget import format_bytes, format_metric, format_us
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Result
-from automl_compress.deploy.summary import HEADLINES, Verdict, models, verdicts
+from automl_compress.deploy.summary import HEADLINES, Verdict, estimated, models, verdicts
 
 MISSING = "-"
 MARKS = {
@@ -96,6 +96,7 @@ def render(
         layers=[_layer_row(layer) for layer in result.layers],
         dropped=sorted(plan.drop) if plan else [],
         choices=_choices(plan),
+        estimated=estimated(data),
         tested=result.delivered is not None and result.delivered.test_metric is not None,
         trials=[(state, count) for state, count in result.trials.items() if count],
         chart=scatter(result, study_rows) if study_rows else None,
@@ -110,7 +111,7 @@ def render(
 
 
 def scatter(result: Result, study_rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A plotly figure: predicted latency against metric for each trial, and the measured models among them.
+    """A plotly figure: predicted latency against metric for each trial, and the finished models among them.
 
     Trials without a metric (over the budget, or failed before they had one) stand in a strip of their own below; those
     without a prediction can't be placed. Raises ValueError for a state that `MARKS` lacks.
@@ -125,14 +126,15 @@ def scatter(result: Result, study_rows: Sequence[Mapping[str, Any]]) -> dict[str
             rows = [row for row in placed if (row.get("metric") is None) == strip]
             if rows:
                 traces.append(_trial_trace(state, rows, mark, strip=strip))
-    measured = list(models(result.to_json()))
-    if measured:
-        traces.append(_model_trace(measured))
+    finished = list(models(result.to_json()))
+    how = "estimated" if estimated(result.to_json()) else "measured"
+    if finished:
+        traces.append(_model_trace(finished, how))
     limit = result.budget.get("latency")
     layout: dict[str, Any] = {
         "height": 480,
         "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
-        "xaxis": {"title": {"text": "latency (us): predicted for trials, measured for models"}, "anchor": "y2"},
+        "xaxis": {"title": {"text": f"latency (us): predicted for trials, {how} for models"}, "anchor": "y2"},
         "yaxis": {"title": {"text": "metric (validation)"}, "domain": [0.16, 1.0]},
         "yaxis2": {"domain": [0.0, 0.1], "range": [-1, 1], "showticklabels": False, "title": {"text": "none"}},
         "legend": {"orientation": "h", "y": 1.14},
@@ -163,19 +165,19 @@ def _trial_trace(
     }
 
 
-def _model_trace(measured: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+def _model_trace(finished: Sequence[tuple[str, Mapping[str, Any]]], how: str) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers+text",
-        "name": "measured models",
-        "x": [figures["latency_us"] for _, figures in measured],
-        "y": [figures["metric"] for _, figures in measured],
-        "text": [name for name, _ in measured],
+        "name": f"{how} models",
+        "x": [figures["latency_us"] for _, figures in finished],
+        "y": [figures["metric"] for _, figures in finished],
+        "text": [name for name, _ in finished],
         "textposition": "top center",
-        "hovertemplate": "%{text}: %{y:.4f} at %{x:.1f} us, measured<extra></extra>",
+        "hovertemplate": "%{text}: %{y:.4f} at %{x:.1f} us, " + how + "<extra></extra>",
         "marker": {
-            "color": ["#16a34a" if name == "delivered" else "#111827" for name, _ in measured],
-            "symbol": ["star" if name == "delivered" else "diamond" for name, _ in measured],
+            "color": ["#16a34a" if name == "delivered" else "#111827" for name, _ in finished],
+            "symbol": ["star" if name == "delivered" else "diamond" for name, _ in finished],
             "size": 12,
         },
     }
@@ -200,7 +202,8 @@ def _verdict_row(verdict: Verdict) -> dict[str, Any]:
         "limit": format_metric(verdict.metric, verdict.limit),
         "measured": MISSING if measured is None else format_metric(verdict.metric, measured),
         "share": MISSING if measured is None else f"{measured / verdict.limit:.1%}",
-        "outcome": "no model" if measured is None else "met" if verdict.met else "missed",
+        "outcome": verdict.outcome,
+        "how": verdict.provenance,
         "nearest": MISSING if verdict.nearest is None else format_metric(verdict.metric, verdict.nearest),
     }
 
@@ -214,7 +217,7 @@ def _model_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
         "test": MISSING if test is None else f"{test:.4f}",
         "latency": format_us(figures["latency_us"]),
         "ratio": f"{figures['latency_ratio']:.3f}",
-        "spread": f"{figures['latency_spread']:.1%}",
+        "spread": f"{figures['latency_spread']:.1%}" if figures.get("provenance") == "measured" else MISSING,
         "predicted": MISSING if predicted is None else format_us(predicted),
         "size": format_bytes(figures["size_bytes"]),
         "memory": format_bytes(figures["memory_bytes"]),

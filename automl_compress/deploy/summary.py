@@ -16,6 +16,7 @@ SCHEMA = "automl-compress/result"
 VERSION = 1
 HEADLINES = {
     "met": "met: the delivered model was measured and is within every budget",
+    "estimated": "estimated: by estimate the delivered model is within every budget; it was not measured on the device",
     "infeasible": "infeasible: no reachable model is within the budget",
     "interrupted": "interrupted: the search did not finish; the same command with the same -o continues it",
 }
@@ -23,20 +24,31 @@ HEADLINES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One budget against what was measured, in microseconds or bytes. `measured` is None without a delivered model."""
+    """One budget against the delivered model's figure, in microseconds or bytes; None without a delivered model.
+
+    `provenance` of that figure: a size is always measured, latency and memory only on the device itself.
+    """
 
     metric: str
     limit: float
     measured: float | None
     nearest: float | None
+    provenance: str = "measured"
 
     @property
     def met(self) -> bool:
         return self.measured is not None and self.measured <= self.limit
 
+    @property
+    def outcome(self) -> str:
+        """'met', 'missed', 'met by estimate', 'missed by estimate', or 'no model'."""
+        if self.measured is None:
+            return "no model"
+        return ("met" if self.met else "missed") + ("" if self.provenance == "measured" else " by estimate")
+
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
-    """Every budget of a `result.json` object with the delivered model's measured figure."""
+    """Every budget of a `result.json` object with the delivered model's figure."""
     delivered = result.get("delivered") or {}
     return [
         Verdict(
@@ -44,15 +56,21 @@ def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
             limit=limit,
             measured=delivered.get(FIELDS[metric]),
             nearest=result.get("nearest", {}).get(metric),
+            provenance="measured" if metric == "size" else delivered.get("provenance", "measured"),
         )
         for metric, limit in result["budget"].items()
     ]
 
 
 def models(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The measured models of a `result.json` object by name: the original, the baselines, the delivered one."""
+    """The models of a `result.json` object by name: the original, the baselines, the delivered one."""
     named = {"original": result.get("original"), **result.get("baselines", {}), "delivered": result.get("delivered")}
     return ((name, figures) for name, figures in named.items() if figures)
+
+
+def estimated(result: Mapping[str, Any]) -> bool:
+    """Whether latency and memory in a `result.json` object are anything but measured on the device."""
+    return any(figures.get("provenance", "measured") != "measured" for _, figures in models(result))
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -74,14 +92,16 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def summarize(result: Mapping[str, Any]) -> str:
-    """The outcome, each budget with its measured figure, and a table of the measured models."""
+    """The outcome, each budget with the figure that decided, and a table of the models."""
     lines = [HEADLINES.get(result["status"], result["status"]), ""]
     lines += [_verdict_line(verdict) for verdict in verdicts(result)]
     if result.get("binding"):
         lines.append(f"  most of the cheapest plan's cost: {', '.join(result['binding'])}")
     rows = [_model_row(name, figures) for name, figures in models(result)]
     if rows:
-        lines += ["", *_table([("model", "metric", "test", "latency", "ratio", "size", "memory"), *rows])]
+        how = "estimated " if estimated(result) else ""
+        headers = ("model", "metric", "test", f"{how}latency", "ratio", "size", f"{how}memory")
+        lines += ["", *_table([headers, *rows])]
     if result.get("notes"):
         lines += ["", *(f"note: {note}" for note in result["notes"])]
     return "\n".join(lines)
@@ -98,7 +118,7 @@ def nearest_text(nearest: Mapping[str, float], binding: Sequence[str]) -> str:
 def _verdict_line(verdict: Verdict) -> str:
     line = f"  {verdict.metric:8} at most {format_metric(verdict.metric, verdict.limit)}"
     if verdict.measured is not None:
-        line += f", measured {format_metric(verdict.metric, verdict.measured)}: {'met' if verdict.met else 'missed'}"
+        line += f", {verdict.provenance} {format_metric(verdict.metric, verdict.measured)}: {verdict.outcome}"
     if verdict.nearest is not None:
         line += f", nearest reachable {format_metric(verdict.metric, verdict.nearest)}"
     return line

@@ -16,7 +16,7 @@ import onnx
 from automl_compress.core.budget import METRICS, Cost
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.fit import Fit, fit
-from automl_compress.hardware.kernels import Kernel, structure_digest
+from automl_compress.hardware.kernels import Kernel, Lowered, structure_digest, weight_bytes
 from automl_compress.hardware.measure import kernel_sum_us, measure_variants, missing_kernels
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import ModelRecord
@@ -82,9 +82,14 @@ class CostModel:
         return Cost(
             latency_us=latency((total, len(lowered.kernels), 1.0)) * self.scale * self.margins["latency"],
             size_bytes=size * self.margins["size"],
-            memory_bytes=memory((1.0, size, lowered.activation_bytes)) * self.margins["memory"],
+            memory_bytes=self._memory_bytes(model, lowered, memory) * self.margins["memory"],
             provenance="interpolated" if certain and latency.trusted else "estimated",
         )
+
+    def _memory_bytes(self, model: onnx.ModelProto, lowered: Lowered, process: Fit) -> float:
+        if self.profile.header.memory.model == "tensors":
+            return float(weight_bytes(model) + lowered.activation_bytes)
+        return process((1.0, model.ByteSize(), lowered.activation_bytes))
 
     def fits(self, model: onnx.ModelProto) -> tuple[Fit, Fit]:
         """What a model is predicted by.

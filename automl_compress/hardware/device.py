@@ -40,7 +40,11 @@ class Device:
 
     Every method raises DeviceError, in one line, when the process dies, hangs, lacks the runtime, or the runtime
     refuses a model.
+
+    `measures` is False for a stand-in that estimates (`hardware/estimated.py`).
     """
+
+    measures = True
 
     def __init__(
         self,

@@ -113,6 +113,17 @@ def live_bytes(raw: Sequence[RawKernel]) -> int:
     return peak
 
 
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of a model's constants, without what describes them."""
+    return sum(math.ceil(math.prod(item.dims) * _type_bits(item.data_type) / 8) for item in model.graph.initializer)
+
+
+def _type_bits(data_type: int) -> int:
+    """Bits of one number of an ONNX type: 32 for FLOAT, 4 for INT4."""
+    name = onnx.TensorProto.DataType.Name(data_type).lower()
+    return {"float": 32, "double": 64, "bool": 8, "string": 8}.get(name) or int(_BITS.findall(name)[0])
+
+
 def structure_digest(model: onnx.ModelProto) -> str:
     """Equal for models that the runtime lowers to the same kernels; weights don't count.
 

@@ -56,6 +56,8 @@ def measure_variants(
     """
     show = progress or SilentProgress()
     profile = device.profile
+    if not device.measures:
+        whole_models = memories = 0
     profile.refresh()
     distinct: dict[str, onnx.ModelProto] = {}
     for model in variants:

@@ -134,10 +134,15 @@ class DeviceProfile:
         if self.obstacles:
             raise ProfileError(f"{self.obstacles[0]}; nothing can be added to it here: use --profile local")
 
+    def suppose(self, records: Iterable[KernelRecord]) -> None:
+        """Take estimated prices of kernels for as long as this object lives; they never get into the file."""
+        for record in records:
+            self.kernels.setdefault(record.key, record)
+
     def refresh(self) -> None:
         """Read what other processes have appended since."""
-        if not os.access(self.path.parent, os.W_OK):
-            return  # Nobody here can append to it, nor make a lock file beside it.
+        if self.obstacles or not os.access(self.path.parent, os.W_OK):
+            return  # Nobody here appends to it, and a lock file beside it isn't wanted or can't be made.
         with file_lock(self.path):
             self._sync()
 

@@ -82,7 +82,7 @@ class Campaign:
 
     def measure_original(self) -> None:
         """Export and measure the original once; a resumed run holds its budgets against the same figures."""
-        self.progress.stage("measuring the original")
+        self.progress.stage("measuring the original" if self.device.measures else "estimating the original's cost")
         path = self.folder.path / "original.onnx"
         if not path.exists():
             self.folder.write_bytes("original.onnx", self.bench.original.SerializeToString())
@@ -93,9 +93,10 @@ class Campaign:
                 "latency_us": timing.median_us,
                 "size_bytes": path.stat().st_size,
                 "memory_bytes": self.device.memory_bytes(path),
+                "provenance": timing.provenance,
             }
             self.folder.write_json("original.json", known)
-        self.original = Cost(**known, provenance="measured")
+        self.original = Cost(**{"provenance": "measured", **known})
         self.budget = Budget.resolve(self.limits, self.original)
         self.costs = CostModel(self.device.profile, self.device, original=self.bench.original)
 
@@ -199,10 +200,8 @@ class Campaign:
 
     def describe(self, plan: Plan) -> str:
         cost = self.cost(plan)
-        share, how = (
-            cost.latency_us / self.original.latency_us,
-            "measured" if plan.key in self.measured else "predicted",
-        )
+        share = cost.latency_us / self.original.latency_us
+        how = "measured" if cost.provenance == "measured" else "predicted"
         return f"{share:.3f} of the latency, {cost.size_bytes / 1e3:.0f} KB ({how})"
 
     def cost(self, plan: Plan) -> Cost:
@@ -255,6 +254,7 @@ class Campaign:
             latency_us=self.original.latency_us,
             size_bytes=int(self.original.size_bytes),
             memory_bytes=int(self.original.memory_bytes),
+            provenance=self.original.provenance,
         )
 
     def original_metric(self) -> float:

@@ -9,19 +9,28 @@ from typing import Any
 
 import onnx
 
-from automl_compress.core.budget import Budget, Cost
+from automl_compress.core.budget import Budget, Cost, format_bytes
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.core.result import Figures
 from automl_compress.deploy.verify import check_float, check_quantized, executed_operators
+from automl_compress.hardware.device import Device
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.account import layer_rows
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.ladder import Candidate
 
+_NOT_MEASURED = (
+    "latency and memory were estimated from the profile, not measured on the device; what runs each layer, and that "
+    "the outputs agree, was checked with the runtime of this machine"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """Figures from one run of alternating bursts, and the budget as it comes to beside that run's original."""
+    """Figures from one run of alternating bursts, and the budget as it comes to beside that run's original.
+
+    Where the device isn't here the figures are estimates, and `cost.provenance` says so.
+    """
 
     original: Figures
     delivered: Figures
@@ -32,7 +41,7 @@ class Verified:
 
     @property
     def cost(self) -> Cost:
-        """What the delivered model took, measured."""
+        """What the delivered model took."""
         return _cost(self.delivered)
 
     def beside(self, original: Cost) -> Cost:
@@ -50,7 +59,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     Raises ExportError if ONNX Runtime and PyTorch disagree.
     """
     bench, device = campaign.bench, campaign.device
-    campaign.progress.stage("verifying on the device")
+    campaign.progress.stage("verifying on the device" if device.measures else "verifying, without the device")
     model = onnx.load(candidate.onnx)
     inputs = tuple(part[:8].float() if part.is_floating_point() else part[:8] for part in bench.samples[0])
     trained = candidate.model(bench)
@@ -69,6 +78,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
         name: Figures(
             metric=metrics[name],
             latency_us=timings[name].median_us,
+            provenance=timings[name].provenance,
             latency_ratio=ratio(timings, name, "original"),
             latency_spread=timings[name].spread,
             size_bytes=path.stat().st_size,
@@ -82,6 +92,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     # The two ways to compare (median of ratios, ratio of medians) may differ a little: the budget must hold for both.
     delivered = replace(delivered, latency_us=max(delivered.latency_us, delivered.latency_ratio * original.latency_us))
     notes = [f"{layer.layer}: {layer.reason}" for layer in executed if not layer.ok]
+    notes += _about_device(device, delivered)
     notes += [
         f"{name}: the timings spread by {t.spread:.0%}; close other programs and measure again"
         for name, t in timings.items()
@@ -97,6 +108,20 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     )
 
 
+def _about_device(device: Device, delivered: Figures) -> list[str]:
+    """That nothing was measured, and where the delivered model is more than the device has in all."""
+    header = device.profile.header
+    pairs = [("file", delivered.size_bytes, header.device.storage_bytes)]
+    if header.memory.model == "process":  # elsewhere weights may stay in storage
+        pairs.append(("memory", delivered.memory_bytes, header.device.memory_bytes))
+    over = [
+        f"the delivered model's {what} of {format_bytes(needed)} is over the {format_bytes(there)} that the device has"
+        for what, needed, there in pairs
+        if there is not None and needed > there
+    ]
+    return over if device.measures else [_NOT_MEASURED, *over]
+
+
 def _choices(plan: Plan) -> Plan:
     return replace(plan, kept={})
 
@@ -106,7 +131,7 @@ def _cost(figures: Figures) -> Cost:
         latency_us=figures.latency_us,
         size_bytes=figures.size_bytes,
         memory_bytes=figures.memory_bytes,
-        provenance="measured",
+        provenance=figures.provenance,
     )
 
 

@@ -48,8 +48,9 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
     """
     if not plans:
         return
-    campaign.progress.stage("measuring the best plans on the device", len(plans))
     device, budget = campaign.device, campaign.budget
+    what = "measuring the best plans on the device" if device.measures else "estimating the best plans' cost"
+    campaign.progress.stage(what, len(plans))
     with ExitStack() as files:
         paths = {p.key: files.enter_context(device.saved(campaign.bench.structure(p))) for p in plans}
         timings = device.compare({"original": campaign.folder.path / "original.onnx", **paths})
@@ -61,7 +62,7 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
             latency_us=ratio(timings, plan.key, "original") * campaign.original.latency_us,
             size_bytes=predicted.size_bytes,
             memory_bytes=memory.get(plan.key, predicted.memory_bytes),
-            provenance="measured",
+            provenance=timings[plan.key].provenance,
         )
         campaign.measured[plan.key] = measured
         campaign.progress.advance()

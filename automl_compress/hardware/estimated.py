@@ -1,0 +1,80 @@
+"""A device that isn't here: its figures are predicted from its profile, and nothing pretends to be measured.
+
+Two profiles have no device to measure: one that is estimated, and one that was measured on another machine. A model is
+lowered by the runtime of the machine at hand, which may fuse differently than the device's; its kernels have the prices
+of the profile, or of its roofline where it has one. Every figure says that it was estimated (or interpolated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from automl_compress.core.budget import Cost
+from automl_compress.core.result import Timing
+from automl_compress.errors import ProfileError
+from automl_compress.hardware.channel import Launcher
+from automl_compress.hardware.cost import CostModel
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.kernels import Lowered
+from automl_compress.hardware.profile import DeviceProfile
+from automl_compress.hardware.roofline import estimate
+
+
+class EstimatedDevice(Device):
+    """Stands in for a device in a `with` block. The first model that it is asked about counts as the original.
+
+    `compare` and `memory_bytes` predict, whatever the machine at hand is doing; both raise ProfileError where the
+    profile lacks a kernel and has no roofline.
+    """
+
+    measures = False
+    _costs: CostModel | None = None
+
+    def lowered(self, model: onnx.ModelProto) -> Lowered:
+        """What the runtime at hand executes for a model; kernels that the profile lacks get an estimated price."""
+        lowered = super().lowered(model)
+        missing = [kernel.key for kernel in lowered.kernels if kernel.key not in self.profile.kernels]
+        roofline = self.profile.header.roofline
+        if missing and roofline is not None:
+            self.profile.suppose(estimate(missing, roofline))
+        elif missing:
+            raise ProfileError(
+                f"{self.profile.path}: lacks {len(missing)} kernels that the runtime here executes, such as "
+                f"{missing[0]}, and has no roofline to estimate them; measure the device itself, or use --profile local"
+            )
+        return lowered
+
+    def compare(self, models: Mapping[str, Path], *, bursts: int | None = None) -> dict[str, Timing]:
+        """Predicted latency of one sample for each model: a single value without a spread."""
+        costs = {name: self._cost(path) for name, path in models.items()}
+        return {
+            name: Timing(
+                values_us=(cost.latency_us,),
+                median_us=cost.latency_us,
+                spread=0.0,
+                runs=0,
+                provenance=cost.provenance,
+            )
+            for name, cost in costs.items()
+        }
+
+    def memory_bytes(self, model: Path) -> int:
+        """Predicted memory: of a process, or on a device without processes of weights and live activations."""
+        return round(self._cost(model).memory_bytes)
+
+    def _cost(self, path: Path) -> Cost:
+        model = onnx.load(path)
+        if self._costs is None:
+            self._costs = CostModel(self.profile, self, original=model)
+        return self._costs.predict(model)
+
+
+def device_for(profile: DeviceProfile, *, launch: Launcher | None = None) -> Device:
+    """The device of a profile: this machine where the profile is this machine's, else a stand-in that estimates.
+
+    `launch` starts the measuring process (default: on this machine); a stand-in only has it lower models.
+    """
+    return EstimatedDevice(profile, launch=launch) if profile.obstacles else Device(profile, launch=launch)
