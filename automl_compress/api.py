@@ -20,6 +20,7 @@ from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import CompressError, InfeasibleError, InputError, Interrupted, PlanError
 from automl_compress.hardware.estimated import device_for
 from automl_compress.hardware.profile import load_profile
+from automl_compress.hardware.remote import link_to
 from automl_compress.model.task import Task, load_task, prepare, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
@@ -48,6 +49,7 @@ def compress(
     size: str | None = None,
     memory: str | None = None,
     profile: str = "local",
+    device: str = "local",
     space: str = "cnn",
     trials: int | None = None,
     epochs: float | None = None,
@@ -65,6 +67,7 @@ def compress(
     latency   '0.8ms', '350us', or '40%' of the original's, measured beside it
     size      of the ONNX file: '300KB', '2MB', '60%'; memory: the peak of a fresh process, written the same way
     profile   device profile by name or file; `space`: search space by name or file
+    device    where to measure: this machine ('local'), or another one, 'ssh://[user@]host[:port]'
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
     timeout   seconds after which no further trial is begun; part of it is kept for distillation
     storage   an Optuna storage to share the study in; `work` joins it
@@ -80,6 +83,7 @@ def compress(
         "task": task if isinstance(task, str) else type(task.model).__name__,
         **{name: limit.text for name, limit in limits.items()},
         "profile": profile,
+        "device": device,
         "space": space,
         "trials": trials or DEFAULT_TRIALS,
         "epochs": DEFAULT_EPOCHS if epochs is None else epochs,
@@ -170,8 +174,10 @@ def _campaign(task: Task | str, settings: Settings, folder: Path, progress: Prog
         raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
     if isinstance(task, str):
         require_task_file(task)
+    link = link_to(options.get("device") or "local")
     rules = load_space(options.get("space") or "cnn")
-    device_profile = load_profile(options.get("profile") or "local")
+    progress.stage("reaching the device")
+    device_profile = load_profile(options.get("profile") or "local", facts=link.facts(), host=link.host)
     for warning in device_profile.warnings:
         progress.note(f"warning: {warning}")
     progress.stage("loading the task")
@@ -187,7 +193,8 @@ def _campaign(task: Task | str, settings: Settings, folder: Path, progress: Prog
         "budget": ", ".join(f"{m} {limit.text}" for m, limit in settings.limits.items()),
         "seed": str(options.get("seed") or 0),
     }
-    with RunFolder(folder, identity) as run_folder, device_for(device_profile) as device:
+    device = device_for(device_profile, link=link, notice=progress.note)
+    with RunFolder(folder, identity) as run_folder, device:
         yield Campaign(
             bench=Workbench(loaded, graph, importance=space.importance, seed=int(options.get("seed") or 0)),
             space=space,
@@ -286,6 +293,7 @@ def _result(campaign: Campaign, **fields: Any) -> Result:
     shown = {"provenance", "match", "runtime", "device", "memory"}
     shown |= {"protocol"} if campaign.device.measures else {"sources", "roofline"}
     device = {
+        "address": campaign.device.link.name,
         "profile": campaign.device.profile.name,
         "file": str(campaign.device.profile.path),
         "threads": campaign.device.profile.threads,

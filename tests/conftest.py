@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.sshd import Server
+from tests.sshd import missing as missing_sshd
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -56,6 +59,28 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("AUTOML_COMPRESS_LOCK", str(tmp_path_factory.mktemp("lock") / "measuring.lock"))
         patch.setenv("AUTOML_COMPRESS_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(scope="session")
+def _sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if missing_sshd():
+        pytest.skip(missing_sshd())
+    server = Server(tmp_path_factory.mktemp("sshd"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(_sshd: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A device behind a real sshd; whatever a test does to it, the next one finds it as it was."""
+    monkeypatch.setenv("PATH", _sshd.path)
+    yield _sshd
+    _sshd.configure()
+    _sshd.trust("host")
+    if not _sshd.is_running:
+        _sshd.start()
+    assert not _sshd.left_behind(), "the measuring program left files on the device"
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,7 @@ def test_search_passes_every_option_on() -> None:
     api = FakeApi()
     line = (
         "search a/task.py:make --latency 40% --size 300KB --memory 2MB -o out --profile p --space s --trials 7 "
+        "--device ssh://pi@board:2222 "
         "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --weights w.pt --storage sqlite:///x.db --quiet"
     )
     assert main(line.split(), api=api) == 0
@@ -70,6 +71,7 @@ def test_search_passes_every_option_on() -> None:
         "memory": "2MB",
         "output": Path("out"),
         "profile": "p",
+        "device": "ssh://pi@board:2222",
         "space": "s",
         "trials": 7,
         "epochs": 2,
@@ -87,7 +89,14 @@ def test_defaults() -> None:
     [(_, _, options)] = api.calls
     assert isinstance(options.pop("progress"), Progress)
     given = {name: value for name, value in options.items() if value is not None}
-    assert given == {"latency": "40%", "profile": "local", "space": "cnn", "seed": 0, "sampler": "budget"}
+    assert given == {
+        "latency": "40%",
+        "profile": "local",
+        "device": "local",
+        "space": "cnn",
+        "seed": 0,
+        "sampler": "budget",
+    }
 
 
 @pytest.mark.parametrize(

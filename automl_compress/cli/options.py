@@ -17,6 +17,9 @@ Task = Annotated[str, typer.Argument(metavar="TASK", help="path/task.py[:functio
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights: .pt (tensors only) or .safetensors.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Run folder; the same one resumes.")]
+Device = Annotated[
+    str, typer.Option(metavar="WHERE", help="Where to measure: local, or ssh://[user@]host[:port][?python=PATH].")
+]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress display.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from automl_compress.cli.action import Action
-from automl_compress.cli.options import Debug, Json, Output, Quiet, Run, Task, Weights, parse_seconds
+from automl_compress.cli.options import Debug, Device, Json, Output, Quiet, Run, Task, Weights, parse_seconds
 from automl_compress.cli.output import display, fail, print_result, stdout_to_stderr
 from automl_compress.core.budget import parse_budget
 from automl_compress.deploy.summary import nearest_text, read_result, summarize
@@ -31,6 +31,7 @@ def _search(
     memory: Annotated[str | None, typer.Option(metavar="BUDGET", help="Peak of a fresh process: 2MB or 60%.")] = None,
     output: Output = None,
     profile: Annotated[str, typer.Option(metavar="NAME", help="Device profile: a name or a file.")] = "local",
+    device: Device = "local",
     space: Annotated[str, typer.Option(metavar="NAME", help="Search space: a name or a file.")] = "cnn",
     trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many trials.")] = None,
     epochs: Annotated[float | None, typer.Option(metavar="N", min=0, help="Epochs of the final distillation.")] = None,
@@ -56,6 +57,7 @@ def _search(
             "size": size,
             "memory": memory,
             "profile": profile,
+            "device": device,
             "space": space,
             "trials": trials,
             "epochs": epochs,

@@ -102,6 +102,9 @@ def summarize(result: Mapping[str, Any]) -> str:
         how = "estimated " if estimated(result) else ""
         headers = ("model", "metric", "test", f"{how}latency", "ratio", "size", f"{how}memory")
         lines += ["", *_table([headers, *rows])]
+    address = result.get("device", {}).get("address", "local")
+    if address != "local":
+        lines += ["", f"measured on {address}"]
     if result.get("notes"):
         lines += ["", *(f"note: {note}" for note in result["notes"])]
     return "\n".join(lines)

@@ -27,6 +27,7 @@ class Link:
     """How a device is reached.
 
     name        what reports call it: "local", or an ssh:// address
+    host        what profiles of it are called; empty for this machine
     launch      starts the measuring process there
     reconnects  how often a lost connection is made anew before the request is given up
     pause_s     before each of these; twice as long before the second, and so on
@@ -34,6 +35,7 @@ class Link:
 
     name: str
     launch: Launcher
+    host: str = ""
     reconnects: int = 0
     pause_s: float = PAUSE_S
 

@@ -18,6 +18,7 @@ from automl_compress.errors import ProfileError
 from automl_compress.hardware.channel import Launcher
 from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
+from automl_compress.hardware.dialogue import LOCAL, Link, Notice
 from automl_compress.hardware.kernels import Lowered
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.roofline import estimate
@@ -72,9 +73,16 @@ class EstimatedDevice(Device):
         return self._costs.predict(model)
 
 
-def device_for(profile: DeviceProfile, *, launch: Launcher | None = None) -> Device:
-    """The device of a profile: this machine where the profile is this machine's, else a stand-in that estimates.
+def device_for(
+    profile: DeviceProfile, *, link: Link = LOCAL, launch: Launcher | None = None, notice: Notice = lambda text: None
+) -> Device:
+    """The device of a profile: the machine behind `link` where the profile is its, else a stand-in that estimates.
 
-    `launch` starts the measuring process (default: on this machine); a stand-in only has it lower models.
+    `launch` and `notice` are those of `Device`; a stand-in only has models lowered on this machine. Raises ProfileError
+    for another machine than this one whose profile it isn't: who names a device wants it measured.
     """
-    return EstimatedDevice(profile, launch=launch) if profile.obstacles else Device(profile, launch=launch)
+    if not profile.obstacles:
+        return Device(profile, link=link, launch=launch, notice=notice)
+    if not link.is_local:
+        raise ProfileError(f"{profile.obstacles[0]}; to measure {link.name} use --profile local")
+    return EstimatedDevice(profile, launch=launch, notice=notice)

@@ -29,7 +29,7 @@ from automl_compress.hardware.schema import (
     lines_of,
     read_record,
 )
-from automl_compress.hardware.template import MARK, START, create, facts_by_name, measured_file, measured_folder
+from automl_compress.hardware.template import MARK, START, called, create, facts_by_name, measured_file, measured_folder
 
 _FACTS = {
     "architecture": "architecture",
@@ -229,7 +229,7 @@ class DeviceProfile:
         }
         ours = facts_by_name(self._facts)
         said = {
-            fact: f"profile {self.name}: measured with {what} {_told(value)}, this machine has {_told(ours[fact])}"
+            fact: f"profile {self.name}: measured with {what} {_told(value)}, the one at hand has {_told(ours[fact])}"
             for (fact, what), value in zip(_FACTS.items(), theirs.values(), strict=True)
             if value != ours[fact]
         }
@@ -237,12 +237,18 @@ class DeviceProfile:
 
 
 def load_profile(
-    name_or_path: str, *, home: Path | None = None, threads: int | None = None, facts: HostFacts | None = None
+    name_or_path: str,
+    *,
+    home: Path | None = None,
+    threads: int | None = None,
+    facts: HostFacts | None = None,
+    host: str = "",
 ) -> DeviceProfile:
     """The profile of that name, or the file of that path.
 
-    A template (such as "local") stands for the machine that this runs on: its measured file lies in `home` (default
-    $AUTOML_COMPRESS_HOME, else the user's cache folder) and is created on first use. `threads` replaces the template's
+    A template (such as "local") stands for the machine that is measured: its measured file lies in `home` (default
+    $AUTOML_COMPRESS_HOME, else the user's cache folder) and is created on first use. `facts` are that machine's
+    (default: this one's), and `host` is what to call its file if it is another one. `threads` replaces the template's
     number of threads. A measured profile that is shipped with the program is copied there where it is this machine's,
     since measurements may be added. Raises ProfileError for an unknown name, a damaged file, or a folder that can't be
     written.
@@ -252,6 +258,9 @@ def load_profile(
     head = decode(read_bytes(source), source).partition("\n" + MARK + "\n")[0]
     header = read_header(head, str(source))
     if header.is_template:
+        if host:
+            head = called(head, host)
+            header = read_header(head, str(source))
         return DeviceProfile(measured_file(head, header, facts, threads, home), facts)
     if threads not in (None, header.runtime.threads):
         found = header.runtime.threads

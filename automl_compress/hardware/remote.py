@@ -36,6 +36,8 @@ _OPTIONS = {
     "RemoteCommand": "none",
 }
 _SSH_FAILED = 255
+# The fields of a request that name a file to read, beside `models`.
+READ = {"model", "reference"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,12 @@ class Address:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"ssh://{self.user + '@' if self.user else ''}{host}{f':{self.port}' if self.port else ''}"
+
+    @property
+    def label(self) -> str:
+        """Host and port as they can stand in a file's name."""
+        port = f"-{self.port}" if self.port not in (None, 22) else ""
+        return re.sub(r"[^A-Za-z0-9]+", "-", self.host).strip("-") + port or "device"
 
     @property
     def words(self) -> list[str]:
@@ -78,7 +86,8 @@ def link_to(device: str) -> Link:
     if device == LOCAL.name:
         return LOCAL
     address = parse_address(device)
-    return Link(name=str(address), launch=partial(SshChannel, address), reconnects=RECONNECTS)
+    launch = partial(SshChannel, address)
+    return Link(name=str(address), host=address.label, launch=launch, reconnects=RECONNECTS)
 
 
 def parse_address(text: str) -> Address:
@@ -129,8 +138,8 @@ class SshChannel(ProcessChannel):
     def send(self, request: Mapping[str, Any], payload: bytes | None = None) -> None:
         request = dict(request)
         models: dict[str, bytes] = {}
-        if "model" in request:
-            request["model"] = self._shipped(request["model"], models)
+        for name in READ & request.keys():
+            request[name] = self._shipped(request[name], models)
         if "models" in request:
             request["models"] = {name: self._shipped(path, models) for name, path in request["models"].items()}
         if "optimized" in request:

@@ -102,6 +102,11 @@ def fill_template(head: str, facts: HostFacts, threads: int) -> str:
     return "\n".join(_filled(head.split("\n"), values))
 
 
+def called(head: str, name: str) -> str:
+    """A template under another name."""
+    return re.sub(r"(?m)^name:.*$", f"name: {name}", head, count=1)
+
+
 def _filled(lines: list[str], values: Mapping[tuple[str, str], Any]) -> list[str]:
     """The lines of a header with fields of its sections set; JSON is YAML, and what follows a '#' is kept."""
     section, result = "", []

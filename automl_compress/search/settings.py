@@ -46,7 +46,11 @@ def effective_config(campaign: Campaign, settings: Settings) -> dict[str, Any]:
         **settings.options,
         "output": str(campaign.folder.path),
         "schedule": asdict(settings.schedule),
-        "device": {"file": str(profile.path), **profile.header.model_dump(mode="json")},
+        "device": {
+            "address": campaign.device.link.name,
+            "file": str(profile.path),
+            **profile.header.model_dump(mode="json"),
+        },
         "search_space": {
             "importance": space.importance,
             "decisions": {d.name: list(d.options) for d in space.decisions},

@@ -188,7 +188,7 @@ def test_the_commands_print_text_and_json(make: Make, tmp_path: Path, capsys: py
     expected = {
         ("list",): [first.path.stem, "template"],
         ("show", a): ["Imaginary 9000", "kernel_sum_us 1.02", "median 1.0%", "not to be trusted", NOISY.key],
-        ("check", a): ["good", "warning", "this machine has"],
+        ("check", a): ["good", "warning", "the one at hand has"],
         ("diff", a, b): ["2 in both", "second / first"],
     }
     for line, words in expected.items():

@@ -165,4 +165,4 @@ def test_a_shipped_profile_of_this_machine_is_copied_and_used(
     assert shipped.read_bytes() == before
     elsewhere = load_profile("imaginary", home=tmp_path / "home", facts=replace(FACTS, cpu="Other"))
     assert elsewhere.path == shipped
-    assert "this machine has Other" in elsewhere.warnings[0]
+    assert "the one at hand has Other" in elsewhere.warnings[0]

@@ -126,7 +126,7 @@ def test_another_machine_or_runtime_gets_another_file_and_a_warning_for_this_one
     assert load_profile("local", home=tmp_path, facts=facts).path != first.path
     foreign = load_profile(str(first.path), facts=facts)
     assert len(foreign.warnings) == 1
-    assert "this machine has" in foreign.warnings[0]
+    assert "the one at hand has" in foreign.warnings[0]
     with pytest.raises(ProfileError, match="--profile local"):
         foreign.add_kernels([KERNEL])
 
@@ -135,7 +135,7 @@ def test_what_need_not_agree_is_a_warning_only(tmp_path: Path) -> None:
     first = load_profile("local", home=tmp_path, facts=FACTS)
     again = load_profile("local", home=tmp_path, facts=replace(FACTS, cores=8))
     assert again.path == first.path
-    assert again.warnings == ["profile local: measured with number of cores 4, this machine has 8"]
+    assert again.warnings == ["profile local: measured with number of cores 4, the one at hand has 8"]
     again.add_kernels([KERNEL])
     assert set(again.kernels) == {KERNEL.key}
 

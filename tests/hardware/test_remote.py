@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,35 +22,12 @@ from automl_compress.hardware.profile import DeviceProfile, load_profile
 from automl_compress.hardware.remote import link_to
 from automl_compress.hardware.serve import turn
 from automl_compress.progress import SilentProgress
-from tests import sshd
 from tests.hardware.simulated import chain
 from tests.hardware.test_kernels import residual
-
-pytestmark = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "sshd is here")
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Server]:
-    server = sshd.Server(tmp_path_factory.mktemp("sshd"))
-    server.start()
-    yield server
-    server.stop()
-
+from tests.sshd import Server
 
 @pytest.fixture
-def server(running: sshd.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[sshd.Server]:
-    """The server as it was set up, whatever an earlier test did to it."""
-    monkeypatch.setenv("PATH", running.path)
-    yield running
-    running.configure()
-    running.trust("host")
-    if not running.is_running:
-        running.start()
-    assert not running.left_behind()
-
-
-@pytest.fixture
-def link(server: sshd.Server) -> Link:
+def link(server: Server) -> Link:
     return replace(link_to(server.url()), pause_s=0.0)
 
 
@@ -82,7 +59,7 @@ def test_a_device_says_what_it_is(link: Link) -> None:
 
 
 def test_everything_is_measured_there_and_nothing_twice(
-    server: sshd.Server, link: Link, profile: DeviceProfile
+    server: Server, link: Link, profile: DeviceProfile
 ) -> None:
     with Device(profile, link=link) as device:
         filled = measure_variants(device, VARIANTS, memories=1)
@@ -101,7 +78,7 @@ def test_what_is_executed_there_is_what_is_executed_here(link: Link, profile: De
             assert there.lowered(model) == here.lowered(model)
 
 
-def test_a_lost_connection_is_made_anew(server: sshd.Server, link: Link, profile: DeviceProfile) -> None:
+def test_a_lost_connection_is_made_anew(server: Server, link: Link, profile: DeviceProfile) -> None:
     said: list[str] = []
     with Device(profile, link=link, notice=said.append) as device:
         measure_variants(device, VARIANTS, memories=0, progress=During(2, server.drop_connections))
@@ -110,7 +87,7 @@ def test_a_lost_connection_is_made_anew(server: sshd.Server, link: Link, profile
     assert len(profile.models) == len(VARIANTS)
 
 
-def test_what_was_measured_before_the_device_went_away_is_kept(server: sshd.Server, link: Link, tmp_path: Path) -> None:
+def test_what_was_measured_before_the_device_went_away_is_kept(server: Server, link: Link, tmp_path: Path) -> None:
     with Device(load_profile("local", home=tmp_path / "whole"), link=link) as device:
         measure_variants(device, VARIANTS, memories=0)
         whole = device.requests["trace"]
@@ -134,7 +111,7 @@ def test_what_was_measured_before_the_device_went_away_is_kept(server: sshd.Serv
 
 
 def test_a_process_that_is_killed_over_there_is_a_loss_too(
-    server: sshd.Server, link: Link, profile: DeviceProfile
+    server: Server, link: Link, profile: DeviceProfile
 ) -> None:
     """As when a device runs out of memory. It can't remove its files any more; the next one does."""
     with Device(profile, link=link) as device:
@@ -147,7 +124,7 @@ def test_a_process_that_is_killed_over_there_is_a_loss_too(
         assert remains not in list(server.tmp.iterdir())
 
 
-def test_who_has_to_wait_for_the_device_is_told(server: sshd.Server, link: Link, profile: DeviceProfile) -> None:
+def test_who_has_to_wait_for_the_device_is_told(server: Server, link: Link, profile: DeviceProfile) -> None:
     waiting, done = threading.Event(), threading.Event()
     with Device(profile, link=link, notice=lambda text: waiting.set()) as device, device.saved(chain(4, 8)) as path:
 
@@ -187,41 +164,41 @@ def test_a_model_that_is_used_again_is_sent_once(
     assert sent == ["put", "remove", "put", "remove", "put"]
 
 
-def refused(server: sshd.Server, url: str | None = None) -> str:
+def refused(server: Server, url: str | None = None) -> str:
     with pytest.raises(DeviceError) as caught:
         link_to(url or server.url()).facts()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_refused_key(server: sshd.Server) -> None:
+def test_a_refused_key(server: Server) -> None:
     server.configure(identity="stranger")
     assert "it refused your key; install it with ssh-copy-id device" in refused(server)
 
 
-def test_an_unknown_host_key(server: sshd.Server) -> None:
+def test_an_unknown_host_key(server: Server) -> None:
     (server.folder / "known_hosts").write_text("")
     assert "not known yet; connect once by hand to check and accept it: ssh device" in refused(server)
 
 
-def test_another_host_key_than_the_known_one(server: sshd.Server) -> None:
+def test_another_host_key_than_the_known_one(server: Server) -> None:
     server.trust("stranger")
     assert "may be another machine" in refused(server)
 
 
-def test_an_unreachable_device(server: sshd.Server) -> None:
+def test_an_unreachable_device(server: Server) -> None:
     assert "no host of that name" in refused(server, "ssh://no-such-host.invalid")
     server.stop()
     assert "nothing answers at port" in refused(server)
 
 
-def test_no_python_there(server: sshd.Server) -> None:
+def test_no_python_there(server: Server) -> None:
     assert "there is no /no/python there; name its Python with ?python=PATH" in refused(
         server, server.url("/no/python")
     )
 
 
-def test_no_runtime_there(server: sshd.Server) -> None:
+def test_no_runtime_there(server: Server) -> None:
     absent = server.folder / "absent"
     absent.mkdir()
     for module in ("onnxruntime", "numpy"):
@@ -232,7 +209,7 @@ def test_no_runtime_there(server: sshd.Server) -> None:
     )
 
 
-def test_an_old_python_there(server: sshd.Server) -> None:
+def test_an_old_python_there(server: Server) -> None:
     code = (
         "import sys; sys.version_info = (3, 6, 8); sys.version = '3.6.8 (default)'; code = sys.argv.pop(2); exec(code)"
     )
@@ -240,11 +217,11 @@ def test_an_old_python_there(server: sshd.Server) -> None:
     assert "Python 3.9 or later is needed, found 3.6.8 as" in refused(server, server.url(str(python)))
 
 
-def test_a_shell_that_greets_does_no_harm(server: sshd.Server) -> None:
+def test_a_shell_that_greets_does_no_harm(server: Server) -> None:
     python = server.script(server.folder / "greeting", "echo 'Welcome to device!'", f'exec {sys.executable} "$@"')
     assert link_to(server.url(str(python))).facts().cores == host_facts().cores
 
 
-def test_a_folder_for_temporary_files_that_is_not_there(server: sshd.Server) -> None:
+def test_a_folder_for_temporary_files_that_is_not_there(server: Server) -> None:
     text = refused(server, f"ssh://device?python={sys.executable}&tmp=/no/folder")
     assert "can't start there (FileNotFoundError" in text
