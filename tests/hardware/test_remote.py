@@ -26,6 +26,7 @@ from tests.hardware.simulated import chain
 from tests.hardware.test_kernels import residual
 from tests.sshd import Server
 
+
 @pytest.fixture
 def link(server: Server) -> Link:
     return replace(link_to(server.url()), pause_s=0.0)
@@ -58,9 +59,7 @@ def test_a_device_says_what_it_is(link: Link) -> None:
     assert replace(facts, providers=()) == host_facts()
 
 
-def test_everything_is_measured_there_and_nothing_twice(
-    server: Server, link: Link, profile: DeviceProfile
-) -> None:
+def test_everything_is_measured_there_and_nothing_twice(server: Server, link: Link, profile: DeviceProfile) -> None:
     with Device(profile, link=link) as device:
         filled = measure_variants(device, VARIANTS, memories=1)
         assert (filled.models, filled.memories) == (4, 1)
@@ -110,9 +109,7 @@ def test_what_was_measured_before_the_device_went_away_is_kept(server: Server, l
     assert all(kernel.count == 1 for kernel in profile.kernels.values())
 
 
-def test_a_process_that_is_killed_over_there_is_a_loss_too(
-    server: Server, link: Link, profile: DeviceProfile
-) -> None:
+def test_a_process_that_is_killed_over_there_is_a_loss_too(server: Server, link: Link, profile: DeviceProfile) -> None:
     """As when a device runs out of memory. It can't remove its files any more; the next one does."""
     with Device(profile, link=link) as device:
         device.facts()
