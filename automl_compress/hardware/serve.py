@@ -32,6 +32,8 @@ IDLE_S = 60.0
 WAITING_S = 10.0
 LONGEST_TURN_S = 3600.0
 LONGEST_CHILD_S = 600.0
+# A limit on the size of files is the third way in which there can be no more room.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _children: set[subprocess.Popen[str]] = set()
 
 
@@ -122,7 +124,7 @@ def in_one_line(error: Exception) -> str:
     """What went wrong, for a person at the other side."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed for {sys.executable}: {sys.executable} -m pip install {error.name}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full, {error.filename or tempfile.gettempdir()} can't be written; free some space there"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 

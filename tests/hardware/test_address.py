@@ -10,13 +10,15 @@ import sys
 import pytest
 
 from automl_compress.errors import InputError
+from automl_compress.hardware.address import Address, explain, parse_address
 from automl_compress.hardware.channel import BOOTSTRAP
 from automl_compress.hardware.dialogue import LOCAL
-from automl_compress.hardware.remote import Address, explain, link_to, parse_address
+from automl_compress.hardware.remote import link_to
 
 
 def test_addresses_are_taken_apart() -> None:
     assert parse_address("ssh://board") == Address(host="board")
+    assert parse_address("ssh://Pi@MyBoard:22") == Address(host="MyBoard", user="Pi", port=22)
     full = parse_address("ssh://pi@10.0.0.7:2222?python=/opt/venv/bin/python&tmp=/data")
     assert full == Address(host="10.0.0.7", user="pi", port=2222, python="/opt/venv/bin/python", tmp="/data")
     assert str(full) == "ssh://pi@10.0.0.7:2222"

@@ -214,6 +214,20 @@ def test_an_old_python_there(server: Server) -> None:
     assert "Python 3.9 or later is needed, found 3.6.8 as" in refused(server, server.url(str(python)))
 
 
+def test_a_disk_that_fills_over_there(server: Server, profile: DeviceProfile) -> None:
+    """A limit on the size of files stands for the disk: of 50 KB, enough for the program and a small model."""
+    python = server.script(server.folder / "tight", "ulimit -f 100", f'exec {sys.executable} "$@"')
+    with Device(profile, link=link_to(server.url(str(python)))) as device:
+        for small in (chain(4, 8), chain(8, 8)):
+            with device.saved(chain(200, 200)) as large, pytest.raises(DeviceError) as caught:
+                device.compare({"a": large}, bursts=1)
+            assert str(caught.value).startswith("ssh://device: compare failed: the disk is full, ")
+            with device.saved(small) as path:
+                device.compare({"a": path}, bursts=1)
+    python = server.script(server.folder / "full", "ulimit -f 1", f'exec {sys.executable} "$@"')
+    assert "ssh://device: its disk is full; free some space there" in refused(server, server.url(str(python)))
+
+
 def test_a_shell_that_greets_does_no_harm(server: Server) -> None:
     python = server.script(server.folder / "greeting", "echo 'Welcome to device!'", f'exec {sys.executable} "$@"')
     assert link_to(server.url(str(python))).facts().cores == host_facts().cores
