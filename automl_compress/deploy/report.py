@@ -39,8 +39,9 @@ class TrialRow(TypedDict, total=False):
 class LayerRow(TypedDict, total=False):
     """One layer of the original and what became of it: the entries of `Result.layers`.
 
-    `kept_in` / `kept_out` are the channels that remain, `bits` what the plan asks for, `runs` the operator that the
-    runtime was seen to execute, `why` the reason in words. A layer of a removed block has `removed` set.
+    `kept_in` / `kept_out` are the channels that remain, `bits` what the plan asks for, `asked` the same in words,
+    `runs` the operator that the runtime was seen to execute, `why` the reason in words. A layer of a removed block has
+    `removed` set.
     """
 
     name: str
@@ -50,6 +51,7 @@ class LayerRow(TypedDict, total=False):
     kept_in: int
     kept_out: int
     bits: int
+    asked: str
     runs: str
     macs: int
     kept_macs: int
@@ -232,7 +234,7 @@ def _layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
         "kind": layer.get("kind", MISSING),
         "inputs": MISSING if removed else _change(layer, "in_channels", "kept_in"),
         "outputs": MISSING if removed else _change(layer, "out_channels", "kept_out"),
-        "bits": MISSING if removed else layer.get("bits", MISSING),
+        "asked": MISSING if removed else layer.get("asked") or f"{layer['bits']} bits" if "bits" in layer else MISSING,
         "runs": "removed" if removed else layer.get("runs") or MISSING,
         "macs": _change(layer, "macs", "kept_macs"),
         "why": layer.get("why", ""),

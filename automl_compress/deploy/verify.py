@@ -14,29 +14,47 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from automl_compress.core.plan import FULL_BITS
 from automl_compress.deploy.runtime import OnnxModel, open_session
 from automl_compress.errors import ExportError
-from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, WEIGHT_SUFFIX, layer_of
+from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, layer_of
+from automl_compress.techniques.quantization.formats import (
+    DEFAULT_EXECUTIONS,
+    Executions,
+    Format,
+    described,
+    format_of,
+    kind_of,
+)
 
 FLOAT_TOLERANCE = 1e-3
 INTEGER_TOLERANCE = 0.1
 INTEGER_OPERATORS = frozenset(
     {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"}
 )
-_ADDED_SUFFIX = re.compile(r"(_nchwc|_token_\d+|_quant)+$")
+WEIGHT_ONLY_OPERATORS = frozenset({"MatMulNBits"})
+_RUNS_AS: Mapping[Format, str] = {"integer": "int8", "blocks": "weight-only", "folded": "fp32", "float": "fp32"}
+_ADDED_SUFFIX = re.compile(r"(_nchwc|_token_\d+|_quant|/MatMulAddFusion)+$")
+_WEIGHT = re.compile(r"(.+)\.weight(?:_q|_cast)(?:_T|_transposed|_token_\d+)*$")
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutedLayer:
-    """What became of one layer. `operator` is what the runtime executes; `ok` whether that is what was asked for."""
+    """What became of one layer.
+
+    asked     what was to run, in words ("int8", "int4 weights only", ...)
+    operator  what the runtime executes; `ok` whether that is what was asked for
+    reason    both in a sentence, with why they differ if they do
+    """
 
     layer: str
     bits: int
+    asked: str
     operator: str
     ok: bool
-    reason: str = ""
+    reason: str
 
 
 def torch_outputs(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
@@ -129,34 +147,54 @@ def metric_of(model: OnnxModel, batches: Iterable[Batch], metric: Callable[[Tens
 
 
 def executed_operators(
-    model: onnx.ModelProto | Path, layers: Iterable[str], bits: Mapping[str, int]
+    model: onnx.ModelProto | Path,
+    layers: Iterable[str],
+    bits: Mapping[str, int],
+    executions: Executions = DEFAULT_EXECUTIONS,
 ) -> tuple[ExecutedLayer, ...]:
     """What ONNX Runtime executes for each layer, read from its optimized graph.
 
-    Layers without a node (those of removed blocks) are left out. A layer for which int8 was asked is `ok` only as an
-    integer kernel.
+    Layers without a node (those of removed blocks) are left out. A layer that was asked to run in integers is `ok` only
+    as an integer kernel, one of which only the weights are to be in integers only as MatMulNBits, and one that is to
+    compute in floating point as neither.
     """
     source = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
-    integer = {}
+    lowered: dict[str, str] = {}
     for node in _optimized(model).graph.node:
-        if node.op_type in INTEGER_OPERATORS:
-            integer[_ADDED_SUFFIX.sub("", node.name)] = node.op_type
-            weights = [name for name in node.input if name.endswith(WEIGHT_SUFFIX)]
-            integer.update({name.removesuffix(WEIGHT_SUFFIX): node.op_type for name in weights})
+        if node.op_type in INTEGER_OPERATORS | WEIGHT_ONLY_OPERATORS:
+            lowered[_ADDED_SUFFIX.sub("", node.name)] = node.op_type
+            lowered.update({match[1]: node.op_type for name in node.input if (match := _WEIGHT.match(name))})
     result = []
     for layer in layers:
         calls = [node for node in source.graph.node if node.op_type in LAYER_OPERATORS and layer_of(node.name) == layer]
         if calls:
-            operators = [integer.get(call.name, call.op_type) for call in calls]
-            result.append(_executed(layer, bits.get(layer, 32), operators))
+            width = bits.get(layer, FULL_BITS)
+            form = format_of(kind_of(calls[0]) or "", width, executions)
+            result.append(_executed(layer, form, width, [lowered.get(call.name, call.op_type) for call in calls]))
     return tuple(result)
 
 
-def _executed(layer: str, bits: int, operators: list[str]) -> ExecutedLayer:
-    wrong = [operator for operator in operators if (operator in INTEGER_OPERATORS) != (bits == 8)]
+def _executed(layer: str, form: Format, bits: int, operators: list[str]) -> ExecutedLayer:
+    asked = described(form, bits)
+    wrong = [operator for operator in operators if _ran_as(operator) != _RUNS_AS[form]]
     operator = wrong[0] if wrong else operators[0]
-    reason = f"{bits} bits were asked for, the runtime executes {operator}" if wrong else ""
-    return ExecutedLayer(layer=layer, bits=bits, operator=operator, ok=not wrong, reason=reason)
+    runs = f"{_ran_as(operator)} ({operator})"
+    reason = f"asked {asked}, runs {runs} because {_why(operator, form)}" if wrong else f"asked {asked}, runs {runs}"
+    return ExecutedLayer(layer=layer, bits=bits, asked=asked, operator=operator, ok=not wrong, reason=reason)
+
+
+def _ran_as(operator: str) -> str:
+    if operator in INTEGER_OPERATORS:
+        return "int8"
+    return "weight-only" if operator in WEIGHT_ONLY_OPERATORS else "fp32"
+
+
+def _why(operator: str, form: Format) -> str:
+    if _ran_as(operator) != "fp32":
+        return "the runtime merged the layer with integers around it"
+    if operator == "ConvTranspose":
+        return "ConvTranspose has no integer kernel"
+    return f"the runtime has no {_RUNS_AS[form]} kernel for this {operator} or did not find its pattern"
 
 
 def _optimized(model: onnx.ModelProto | Path) -> onnx.ModelProto:

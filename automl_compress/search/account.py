@@ -40,7 +40,7 @@ def layer_rows(campaign: Campaign, plan: Plan, executed: tuple[ExecutedLayer, ..
         share = (outputs / layer.out_channels) * (1 if layer.in_axis == layer.out_axis else inputs / layer.in_channels)
         row |= {"kept_in": inputs, "kept_out": outputs, "kept_macs": round(layer.macs * share)}
         if layer.name in runs:
-            row["runs"] = runs[layer.name].operator
+            row |= {"asked": runs[layer.name].asked, "runs": runs[layer.name].operator}
         rows.append({**row, "why": "; ".join(_reasons(campaign, plan, layer.name, frozen, runs))})
     return tuple(rows)
 

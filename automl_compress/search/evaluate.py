@@ -25,7 +25,8 @@ from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task, check_labels
 from automl_compress.techniques.importance import criterion
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
-from automl_compress.techniques.quantize import activation_tensors, calibrate, quantize
+from automl_compress.techniques.quantization.calibrate import activation_tensors, calibrate
+from automl_compress.techniques.quantization.rewrite import quantize
 from automl_compress.techniques.reconstruct import Gram, collect_grams, elimination_scores, refit
 from automl_compress.techniques.recover import recalibrate_batch_norm
 

@@ -23,7 +23,8 @@ from automl_compress.errors import ExportError
 from automl_compress.model.trace import trace
 from automl_compress.techniques.importance import l1
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
-from automl_compress.techniques.quantize import activation_tensors, calibrate, quantize
+from automl_compress.techniques.quantization.calibrate import activation_tensors, calibrate
+from automl_compress.techniques.quantization.rewrite import quantize
 
 
 class Unit(nn.Module):

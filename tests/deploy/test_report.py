@@ -22,6 +22,7 @@ LAYERS: tuple[LayerRow, ...] = (
         "kept_in": 3,
         "kept_out": 24,
         "bits": 8,
+        "asked": "int8",
         "runs": "QLinearConv",
         "macs": 1_769_472,
         "kept_macs": 663_552,
@@ -123,7 +124,7 @@ def test_every_figure_is_there_and_says_whether_it_was_measured() -> None:
 
 def test_layers_say_what_was_asked_and_what_runs() -> None:
     text = _page().text
-    assert "conv1 conv 3 64 → 24 8 QLinearConv 1,769,472 → 663,552 cheap to prune" in text
+    assert "conv1 conv 3 64 → 24 int8 QLinearConv 1,769,472 → 663,552 cheap to prune" in text
     assert "layer2.1.conv1 conv - - - removed 9 → 0" in text
     assert "Removed blocks layer2.1" in text
     assert "student width 0.75" in text

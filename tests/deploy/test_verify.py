@@ -102,9 +102,10 @@ def test_a_float_kernel_is_not_taken_for_an_integer_one(weight: np.ndarray, oper
     (asked,) = executed_operators(model, ["fc", "gone"], {"fc": 8})
     assert not asked.ok
     assert asked.operator == operator
-    assert "8 bits were asked for" in asked.reason
+    assert asked.reason.startswith(f"asked int8, runs fp32 ({operator}) because ")
     (plain,) = executed_operators(model, ["fc"], {})
     assert plain.ok
+    assert plain.reason == f"asked fp32, runs fp32 ({operator})"
 
 
 def test_refusals_of_the_runtime_are_one_line(weight: np.ndarray) -> None:

@@ -2,8 +2,8 @@
 
 `place` walks the graph once, in execution order, and decides which values exist as 8-bit integers:
 
-* the input and the output of every int8 convolution, the input of every int8 linear layer, and its output where the
-  runtime would otherwise not find the integer kernel;
+* the input and the output of every integer convolution, the input of every integer linear layer, and its output where
+  the runtime would otherwise not find the integer kernel;
 * the output of an operator that has an integer kernel (`INTEGER_OPERATORS`) where all its inputs are already integers;
 * the output of an operator that only moves values or compares them (`MOVING_OPERATORS`): it is applied to the integers
   themselves and shares their scale, so nothing depends on what the runtime manages to fuse.
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 
-from automl_compress.errors import PlanError
-from automl_compress.techniques.onnx_graph import GraphView, attribute, layer_of
+from automl_compress.techniques.onnx_graph import GraphView, attribute
+from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions, fused_first, layer_formats
 
 # Each was seen to run on integers in ONNX Runtime 1.32's CPU provider when Dequantize/Quantize surround it.
 INTEGER_OPERATORS = frozenset({"Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool", "LeakyRelu"})
@@ -32,13 +32,6 @@ MOVING_OPERATORS = frozenset(
         *("Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze"),
     }
 )
-_FUSED_INTO_GEMM = frozenset(
-    {
-        *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "Selu", "HardSigmoid", "Softplus", "Softsign"),
-        "ThresholdedRelu",
-    }
-)
-SUPPORTED_BITS = (8, 32)
 # Below this, the product of an activation's and a weight's scale would leave float32's normal range.
 _SMALLEST_SCALE = 1e-20
 
@@ -67,41 +60,6 @@ class Placement:
         while value in self.shared:
             value = self.shared[value]
         return value
-
-
-def int8_layers(view: GraphView, bits: Mapping[str, int]) -> dict[str, onnx.NodeProto]:
-    """First output -> node of the layers that are to run in 8 bits and can.
-
-    A layer without a node in the graph belongs to a removed block and is skipped. Raises PlanError for a bit-width that
-    is not supported.
-    """
-    for layer, width in bits.items():
-        if width not in SUPPORTED_BITS:
-            raise PlanError(f"plan: {layer} is to have {width} bits; quantization supports {SUPPORTED_BITS}")
-    chosen = {layer for layer, width in bits.items() if width == 8}
-    return {
-        node.output[0]: node
-        for node in view.nodes
-        if layer_of(node.name) in chosen and weight_axis(node, view) is not None
-    }
-
-
-def weight_axis(node: onnx.NodeProto, view: GraphView) -> int | None:
-    """The axis of the output channels in a layer's constant weight; None if no integer kernel fits this node."""
-    if len(node.input) < 2 or node.input[1] not in view.initializers:
-        return None
-    if len(node.input) > 2 and node.input[2] and node.input[2] not in view.initializers:
-        return None
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "MatMul":
-        return 1 if len(view.initializers[node.input[1]].dims) == 2 else None
-    if node.op_type == "Gemm":
-        factors = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0))
-        plain = factors == (1.0, 1.0) and not attribute(node, "transA", 0)
-        flat_bias = len(node.input) < 3 or not node.input[2] or len(view.initializers[node.input[2]].dims) == 1
-        return (0 if attribute(node, "transB", 0) else 1) if plain and flat_bias else None
-    return None
 
 
 def input_channels(node: onnx.NodeProto, view: GraphView) -> int | None:
@@ -137,10 +95,11 @@ def data_inputs(node: onnx.NodeProto) -> list[str]:
     return list(node.input) if node.op_type in ("Add", "Mul", "Concat") else [node.input[0]]
 
 
-def place(model: onnx.ModelProto, bits: Mapping[str, int]) -> Placement:
-    """Decide for a float model which values become integers, given layer -> 8 or 32 bits. See the module's text."""
+def place(model: onnx.ModelProto, bits: Mapping[str, int], executions: Executions = DEFAULT_EXECUTIONS) -> Placement:
+    """Decide for a float model which values become integers, given layer -> bits. See the module's text."""
     view = GraphView(model.graph)
-    layers = int8_layers(view, bits)
+    formats = layer_formats(view, bits, executions)
+    layers = {node.output[0]: node for node in view.nodes if formats.get(node.output[0], ("float",))[0] == "integer"}
     wanted = {node.input[0] for node in layers.values()}
     placement = Placement()
     placement.roots.update({value: value for value in view.inputs if value in wanted})
@@ -151,7 +110,7 @@ def place(model: onnx.ModelProto, bits: Mapping[str, int]) -> Placement:
         if output in layers:
             placement.integer.add(output)
             behind, skipped = _behind_clamp(output, view)
-            if node.op_type == "Conv" or behind in wanted or _fused_first(node, view):
+            if node.op_type == "Conv" or behind in wanted or fused_first(node, view):
                 placement.roots[behind] = output
                 placement.omitted.update(skipped)
         elif _moves(node, view) and placement.quantized(node.input[0]):
@@ -165,12 +124,6 @@ def place(model: onnx.ModelProto, bits: Mapping[str, int]) -> Placement:
         elif output in wanted:
             placement.roots[output] = output
     return placement
-
-
-def _fused_first(node: onnx.NodeProto, view: GraphView) -> bool:
-    """Whether the runtime would merge a Gemm and the activation behind it before it looks for integer kernels."""
-    user = view.only_user(node.output[0])
-    return node.op_type == "Gemm" and user is not None and user.op_type in _FUSED_INTO_GEMM
 
 
 def _behind_clamp(value: str, view: GraphView) -> tuple[str, dict[str, float]]:
@@ -234,17 +187,3 @@ def scale_and_zero_point(low: float, high: float) -> tuple[np.float32, np.uint8]
     if not np.isfinite(scale) or scale < _SMALLEST_SCALE:
         scale = np.float32(1.0)
     return scale, np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255))
-
-
-def weight_scales(weight: np.ndarray, axis: int, bias: np.ndarray | None, input_scale: float) -> np.ndarray:
-    """Scale of each output channel for symmetric int8 weights, shape [channels].
-
-    It is never so small that the channel's bias, kept as int32 in units of input scale x weight scale, would overflow:
-    that matters for channels whose weights are (nearly) zero.
-    """
-    largest = np.abs(weight).max(axis=tuple(d for d in range(weight.ndim) if d != axis)).astype(np.float64)
-    scales = largest / 127
-    if bias is not None:
-        scales = np.maximum(scales, np.abs(bias).astype(np.float64) / (input_scale * 2.0**30))
-    smallest = float(np.finfo(np.float32).tiny) * 2.0**24 / min(input_scale, 1.0)
-    return np.asarray(np.where(scales < smallest, max(smallest, 1e-8), scales).astype(np.float32))

@@ -6,99 +6,17 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
+from numpy.testing import assert_allclose
 from onnx import TensorProto, helper, numpy_helper
 
 from automl_compress.errors import InputError, PlanError
-from automl_compress.techniques.qdq import place, scale_and_zero_point, weight_scales
-from automl_compress.techniques.quantize import activation_tensors, calibrate, quantize
-from automl_compress.techniques.ranges import RangeObserver
-
-Executed = Callable[[onnx.ModelProto], list[str]]
-CHANNELS = 8
-INPUT = (CHANNELS, 8, 8)
-
-
-class Builder:
-    """Writes a chain of nodes; every method returns the name of the value that it made."""
-
-    def __init__(self, shape: tuple[int, ...] = INPUT) -> None:
-        self.random = np.random.default_rng(0)
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-        self.shape = shape
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def node(self, operator: str, *inputs: str, name: str = "", output: str = "", **attributes: object) -> str:
-        output = output or f"v{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=name or f"n_{output}", **attributes))
-        return output
-
-    def conv(self, source: str, name: str, out: int = CHANNELS, into: int = CHANNELS, group: int = 1) -> str:
-        weight = self.random.normal(size=(out, into // group, 3, 3)).astype(np.float32) / 5
-        names = [self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", self._bias(out))]
-        return self.node("Conv", source, *names, name=name, pads=[1, 1, 1, 1], group=group)
-
-    def gemm(self, source: str, name: str, into: int, out: int = 4) -> str:
-        weight = self.random.normal(size=(out, into)).astype(np.float32) / 5
-        names = [self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", self._bias(out))]
-        return self.node("Gemm", source, *names, name=name, transB=1)
-
-    def matmul(self, source: str, name: str, into: int, out: int) -> str:
-        weight = self.random.normal(size=(into, out)).astype(np.float32) / 5
-        product = self.node("MatMul", source, self.constant(f"{name}.weight", weight), name=name)
-        return self.node("Add", product, self.constant(f"{name}.bias", self._bias(out)))
-
-    def ints(self, name: str, *values: int) -> str:
-        return self.constant(name, np.array(values, np.int64))
-
-    def _bias(self, size: int) -> np.ndarray:
-        return self.random.normal(size=size).astype(np.float32)
-
-    def model(self, *outputs: str) -> onnx.ModelProto:
-        graph = helper.make_graph(
-            self.nodes,
-            "graph",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *self.shape])],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
-            self.constants,
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-        del model.graph.value_info[:]
-        return model
-
-
-def data(shape: tuple[int, ...] = INPUT, rows: int = 16, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(rows, *shape)).astype(np.float32)
-
-
-def run(model: onnx.ModelProto, x: np.ndarray, optimize: bool = True) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"x": x})[0])
-
-
-@pytest.fixture
-def executed(tmp_path) -> Executed:
-    """Operators of the graph that the runtime executes."""
-
-    def operators(model: onnx.ModelProto) -> list[str]:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-
-    return operators
+from automl_compress.techniques.quantization.calibrate import activation_tensors, calibrate
+from automl_compress.techniques.quantization.formats import Executions
+from automl_compress.techniques.quantization.placement import place, scale_and_zero_point
+from automl_compress.techniques.quantization.ranges import RangeObserver
+from automl_compress.techniques.quantization.rewrite import quantize
+from tests.techniques.quantization.graphs import CHANNELS, INPUT, Builder, data, executed, run
 
 
 def quantized(model: onnx.ModelProto, bits: dict[str, int], shape: tuple[int, ...] = INPUT) -> onnx.ModelProto:
@@ -185,7 +103,7 @@ def _preactivation(b: Builder, v: str) -> str:
 
 
 @pytest.mark.parametrize("name", STAYS_INTEGER)
-def test_operators_between_int8_layers_stay_in_integers(name: str, executed: Executed) -> None:
+def test_operators_between_int8_layers_stay_in_integers(name: str) -> None:
     model = between_convs(STAYS_INTEGER[name])
     low = quantized(model, dict.fromkeys("abcd", 8))
     assert_same(model, low)
@@ -195,7 +113,7 @@ def test_operators_between_int8_layers_stay_in_integers(name: str, executed: Exe
     assert not {"Conv", "Relu", "Add", "Mul", "Concat"} & set(operators)
 
 
-def test_every_mixture_of_bits_executes_as_asked(executed: Executed) -> None:
+def test_every_mixture_of_bits_executes_as_asked() -> None:
     b = Builder()
     v = b.node("Relu", b.conv("x", "a"))
     w = b.node("Relu", b.node("Add", b.conv(b.node("Relu", b.conv(v, "b")), "c"), v))
@@ -226,7 +144,7 @@ def test_layers_of_removed_blocks_are_ignored() -> None:
 
 @pytest.mark.parametrize("activation", ["", "Relu", "Sigmoid", "Tanh", "LeakyRelu", "HardSwish", "Gelu", "Softplus"])
 @pytest.mark.parametrize("low_bits", ["ab", "a", "b"])
-def test_linear_layers_run_as_integer_kernels(activation: str, low_bits: str, executed: Executed) -> None:
+def test_linear_layers_run_as_integer_kernels(activation: str, low_bits: str) -> None:
     b = Builder((16,))
     hidden = b.gemm("x", "a", 16, 32)
     model = b.model(b.gemm(b.node(activation, hidden) if activation else hidden, "b", 32))
@@ -235,7 +153,7 @@ def test_linear_layers_run_as_integer_kernels(activation: str, low_bits: str, ex
     assert executed(low).count("QGemm") == len(low_bits)
 
 
-def test_products_with_constant_weights_run_as_integer_kernels(executed: Executed) -> None:
+def test_products_with_constant_weights_run_as_integer_kernels() -> None:
     b = Builder((6, 16))
     model = b.model(b.matmul(b.node("Gelu", b.matmul("x", "a", 16, 32)), "b", 32, 8))
     low = quantized(model, {"a": 8, "b": 8}, (6, 16))
@@ -245,7 +163,7 @@ def test_products_with_constant_weights_run_as_integer_kernels(executed: Execute
     assert sum(operator in ("MatMulIntegerToFloat", "QLinearMatMul") for operator in operators) == 2
 
 
-def test_a_gate_is_quantized_where_its_product_is_needed_in_integers(executed: Executed) -> None:
+def test_a_gate_is_quantized_where_its_product_is_needed_in_integers() -> None:
     def gated(b: Builder, v: str) -> str:
         return b.node("Mul", v, b.node("HardSigmoid", b.conv(b.node("GlobalAveragePool", v), "c")))
 
@@ -306,12 +224,15 @@ def test_zero_is_exact_and_the_range_is_covered(low: float, high: float) -> None
         assert zero == 0
 
 
-def test_biases_never_overflow() -> None:
-    weight = np.array([[0.0, 0.0], [1e-20, 0], [1.0, -2.0]], np.float32)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_biases_never_overflow(bits: int) -> None:
+    b = Builder((2,))
+    weight = b.constant("a.weight", np.array([[0.0, 0.0], [1e-20, 0], [1.0, -2.0]], np.float32))
     bias = np.array([5.0, -1e4, 1.0], np.float32)
-    scales = weight_scales(weight, 0, bias, input_scale=1e-3)
-    assert (np.abs(bias / (scales * 1e-3)) < 2**31).all()
-    assert scales[2] == pytest.approx(2 / 127)
+    model = b.model(b.node("Gemm", "x", weight, b.constant("a.bias", bias), name="a", transB=1))
+    executions: Executions = {("linear", bits): "emulated"}
+    low = quantize(model, {"a": bits}, {"x": (-1e-3, 1e-3)}, executions=executions)
+    assert_allclose(run(low, np.zeros((1, 2), np.float32))[0], bias, rtol=1e-4)
 
 
 def test_calibration_sees_all_batches_whatever_their_size() -> None:
@@ -354,8 +275,10 @@ def test_calibration_without_samples_is_refused() -> None:
 
 def test_unsupported_bits_and_missing_ranges_are_refused() -> None:
     model = between_convs(_pad)
-    with pytest.raises(PlanError, match="4 bits"):
-        activation_tensors(model, {"a": 4})
+    with pytest.raises(PlanError, match="3 bits for a conv layer: the device has 2, 4, 8, 16, 32"):
+        activation_tensors(model, {"a": 3})
+    with pytest.raises(PlanError, match="4 bits for a conv layer: the device has 8, 32"):
+        activation_tensors(model, {"a": 4}, {("conv", 8): "native"})
     with pytest.raises(InputError, match="no range"):
         quantize(model, {"a": 8}, {"x": (0.0, 1.0)})
 
