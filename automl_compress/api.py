@@ -33,7 +33,7 @@ from automl_compress.search.finalists import baselines, climb, finalists, within
 from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild
 from automl_compress.search.sampler import SAMPLERS
 from automl_compress.search.settings import Settings, effective_config, reproduce
-from automl_compress.search.space import load_space, resolve
+from automl_compress.search.space import load_space, offered_bits, resolve
 from automl_compress.search.study import trial_counts
 
 DEFAULT_TRIALS = 100
@@ -160,7 +160,7 @@ def replay(
         if not path.is_file():
             raise PlanError(f"{path}: no such file; only a run that delivered a model can be replayed")
     bench = Workbench(loaded, graph)
-    plan, ranges = read_plan(plan_path, bench)
+    plan, ranges, bench.executions = read_plan(plan_path, bench)
     target = Path(output) if output else run / "replayed.onnx"
     onnx.save(bench.export(rebuild(bench, plan, weights_path), plan, ranges), target)
     return target
@@ -184,7 +184,8 @@ def _campaign(task: Task | str, settings: Settings, folder: Path, progress: Prog
     loaded = _load(task, options.get("weights"))
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
-    space = resolve(rules, graph, {kind: device_profile.bit_widths(kind) for kind in ("conv", "linear")})
+    offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.limits)
+    space = resolve(rules, graph, offered, held_back)
     identity = {
         "task": _digest(loaded),
         "graph": graph.fingerprint,
@@ -196,7 +197,13 @@ def _campaign(task: Task | str, settings: Settings, folder: Path, progress: Prog
     device = device_for(device_profile, link=link, notice=progress.note)
     with RunFolder(folder, identity) as run_folder, device:
         yield Campaign(
-            bench=Workbench(loaded, graph, importance=space.importance, seed=int(options.get("seed") or 0)),
+            bench=Workbench(
+                loaded,
+                graph,
+                importance=space.importance,
+                seed=int(options.get("seed") or 0),
+                executions=device_profile.executions,
+            ),
             space=space,
             device=device,
             limits=settings.limits,

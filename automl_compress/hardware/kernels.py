@@ -29,7 +29,7 @@ _FUSED_AFTER = frozenset({
 # fmt: on
 # fmt: off
 _FROM_WEIGHT = frozenset({
-    "DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze",
+    "DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Cast", "Mul", "Identity", "Unsqueeze", "Squeeze",
 })
 # fmt: on
 _ADDED_SUFFIX = re.compile(r"(?:_nchwc|_token_\d+|_nhwc|_quant|/MatMulAddFusion)$")

@@ -107,6 +107,15 @@ class DeviceProfile:
         rules = self._operators(kind)
         return tuple(sorted(bits for bits, rule in rules.items() if rule.execution == "native")) or (32,)
 
+    @property
+    def executions(self) -> dict[tuple[str, int], Literal["native", "emulated", "weight-only", "storage"]]:
+        """(kind of layer, bits) -> how the device runs it."""
+        return {
+            (str(kind), bits): rule.execution
+            for kind, rules in self.header.operators.items()
+            for bits, rule in rules.items()
+        }
+
     def integer_operator(self, kind: str, bits: int) -> tuple[str, ...]:
         """The executed operators, any of them, that prove a layer runs at that width; empty if it isn't native."""
         rules = self._operators(kind)

@@ -102,14 +102,18 @@ class Campaign:
 
     def learn_device(self) -> None:
         """Show the device every shape that the space can reach, and make the additive table."""
-        plans = covering_plans(self.space, self.bench.graph, seed=self.seed)
+        executions = self.bench.executions
+        plans = covering_plans(self.space, self.bench.graph, executions=executions, seed=self.seed)
         models = [self.bench.structure(plan) for plan in plans]
         measure_variants(self.device, models, progress=self.progress, memories=_MEMORIES)
         self.costs.anchor(models[0], self.original.latency_us)
         self._predicted = {plan.key: self.costs.predict(model) for plan, model in zip(plans, models, strict=True)}
         totals = [self._predicted[plan.key].latency_us for plan in plans]
         lowered = [self.costs.lower(model) for model in models]
-        self.table = additive_table(self.bench.graph, plans, lowered, totals, self.original.size_bytes, {})
+        offered = {d.target: [int(o) for o in d.options] for d in self.space.decisions if d.kind == "bits"}
+        self.table = additive_table(
+            self.bench.graph, plans, lowered, totals, self.original.size_bytes, {}, executions, offered
+        )
         self._fix_space()
 
     def require_feasible(self) -> None:

@@ -67,7 +67,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     bits = {layer: b for layer, b in candidate.plan.bits.items() if b != FULL_BITS}
     if bits:
         check_quantized(model, tuple(part.numpy() for part in inputs))
-    executed = executed_operators(model, [layer.name for layer in bench.graph.layers], bits)
+    executed = executed_operators(model, [layer.name for layer in bench.graph.layers], bits, bench.executions)
     paths: dict[str, Path] = {"original": campaign.folder.path / "original.onnx", "delivered": candidate.onnx}
     paths |= {name: baseline.onnx for name, baseline in baselines.items()}
     timings = device.compare(paths)

@@ -26,6 +26,7 @@ from automl_compress.model.task import Inputs, Task, check_labels
 from automl_compress.techniques.importance import criterion
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
 from automl_compress.techniques.quantization.calibrate import activation_tensors, calibrate
+from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.rewrite import quantize
 from automl_compress.techniques.reconstruct import Gram, collect_grams, elimination_scores, refit
 from automl_compress.techniques.recover import recalibrate_batch_norm
@@ -41,9 +42,17 @@ class Workbench:
     """Turns plans of one task into models, and measures how good they are (not how fast)."""
 
     def __init__(
-        self, task: Task, graph: Graph, *, importance: str = "obs", seed: int = 0, threads: int | None = None
+        self,
+        task: Task,
+        graph: Graph,
+        *,
+        importance: str = "obs",
+        seed: int = 0,
+        threads: int | None = None,
+        executions: Executions = DEFAULT_EXECUTIONS,
     ) -> None:
         self.task, self.graph, self.importance, self.seed = task, graph, importance, seed
+        self.executions = executions
         self._threads = threads
         self.teacher = copy_model(task.model).cpu().float().eval()
 
@@ -87,7 +96,7 @@ class Workbench:
     def _original_ranges(self) -> Ranges:
         """Activation ranges of the original for every tensor that some plan quantizes."""
         bits = {layer.name: 8 for layer in self.graph.layers}
-        tensors = activation_tensors(self.original, bits)
+        tensors = activation_tensors(self.original, bits)  # 8 bits run in integers by default
         return calibrate(self.original, self._feeds(self._calibration), tensors)
 
     def student(self, plan: Plan) -> tuple[nn.Module, Plan]:
@@ -125,7 +134,7 @@ class Workbench:
         if not bits:
             return {}
         filled = self.template.fill(model, plan)
-        return calibrate(filled, self._feeds(self._calibration), activation_tensors(filled, bits))
+        return calibrate(filled, self._feeds(self._calibration), activation_tensors(filled, bits, self.executions))
 
     def one_shot(self, plan: Plan) -> float:
         """The metric on validation samples after pruning, repair and quantization, without training."""
@@ -159,7 +168,7 @@ class Workbench:
 
     def _quantized(self, model: onnx.ModelProto, plan: Plan, ranges: Ranges) -> onnx.ModelProto:
         bits = _low_bits(plan)
-        return quantize(model, bits, ranges) if bits else model
+        return quantize(model, bits, ranges, executions=self.executions) if bits else model
 
     def _outputs(self, model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[Outputs]:
         session = OnnxModel(model, self._threads)

@@ -21,6 +21,7 @@ from automl_compress.errors import PlanError, RunFolderError
 from automl_compress.search.evaluate import Ranges, Workbench
 from automl_compress.techniques.distill import Schedule, Step, distill
 from automl_compress.techniques.prune import apply_plan
+from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 
 SHORT_SHARE = 1 / 6
 SURVIVORS = 4
@@ -53,20 +54,23 @@ def rebuild(bench: Workbench, plan: Plan, weights: Path) -> nn.Module:
     return model.eval()
 
 
-def read_plan(path: Path, bench: Workbench) -> tuple[Plan, Ranges]:
-    """A delivered plan file, checked against the model, and the ranges of its activations. Raises PlanError."""
+def read_plan(path: Path, bench: Workbench) -> tuple[Plan, Ranges, Executions]:
+    """A delivered plan file, checked against the model, the ranges of its activations, and how its device runs each
+    bit-width. Raises PlanError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         ranges = {str(value): (float(low), float(high)) for value, (low, high) in data.get("ranges", {}).items()}
+        executions = {(str(kind), int(bits)): how for kind, bits, how in data.get("executions", [])}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise PlanError(f"{path}: can't be read as a plan ({error})") from error
-    return Plan.from_json(data, bench.graph), ranges
+    return Plan.from_json(data, bench.graph), ranges, executions or DEFAULT_EXECUTIONS
 
 
 def plan_file(candidate: Candidate, bench: Workbench) -> dict[str, Any]:
     """What `read_plan` reads: with the original and the weights, all that makes the delivered model again."""
     ranges = {value: list(limits) for value, limits in candidate.ranges.items()}
-    return {**candidate.plan.to_json(bench.graph), "ranges": ranges}
+    executions = [[kind, bits, how] for (kind, bits), how in sorted(bench.executions.items())]
+    return {**candidate.plan.to_json(bench.graph), "ranges": ranges, "executions": executions}
 
 
 def short(schedule: Schedule) -> Schedule:

@@ -18,33 +18,56 @@ from automl_compress.hardware.kernels import Kernel
 from automl_compress.search.sensitivity import Sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import AdditiveTable, LayerCost, Shape
+from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions, format_of
+from automl_compress.techniques.quantization.weights import block_of
 
 MAX_VARIANTS = 64
 _MIN_VARIANTS = 12
 _CANDIDATES = 40
 _DROP_SHARE = 0.08
-_INT8_OVERHEAD_BYTES = 160  # names and zero points of a quantized layer in the file
+_LOW_BITS_OVERHEAD_BYTES = 160  # names and zero points of a quantized layer in the file
 _SCALE_BYTES = 4 + 4 + 1  # a float scale, an int32 bias in place of a float one, and an int8 zero point a channel
 
 
-def covering_plans(space: SearchSpace, graph: Graph, *, seed: int = 0, limit: int = MAX_VARIANTS) -> list[Plan]:
+def covering_plans(
+    space: SearchSpace,
+    graph: Graph,
+    *,
+    executions: Executions = DEFAULT_EXECUTIONS,
+    seed: int = 0,
+    limit: int = MAX_VARIANTS,
+) -> list[Plan]:
     """Plans that together show each layer at each (input, output, bits) that the space reaches at full student width.
 
-    Greedy: of some random plans, the one that shows most that is new. Layers of equal key count as one. The first plan
-    is the untouched original, the second is quantized throughout, so that both ends are among the fitted models.
+    Greedy: of some random plans, the one that shows most that is new. Layers of equal key count as one, and so do
+    bit-widths that one kernel computes. The first plan is the untouched original, the second is quantized throughout,
+    so that both ends are among the fitted models.
     """
     rng = np.random.default_rng(seed)
-    wanted = _reachable(space, graph)
-    plans = [Plan(), uniform_bits(space, min(_all_bits(space)))] if _all_bits(space) else [Plan()]
-    seen: set[tuple[str, Shape]] = set().union(*(_shapes(graph, plan) for plan in plans))
+    wanted = _reachable(space, graph, executions)
+    low = plain_bits(space)
+    plans = [Plan(), uniform_bits(space, low)] if low is not None else [Plan()]
+    seen: set[tuple[str, Shape]] = set().union(*(_shapes(graph, plan, executions) for plan in plans))
     while len(plans) < limit and (wanted - seen or len(plans) < _MIN_VARIANTS):
         candidates = [random_plan(space, rng, drop_share=_DROP_SHARE) for _ in range(_CANDIDATES)]
-        best = max(candidates, key=lambda plan: len((_shapes(graph, plan) & wanted) - seen))
-        if not (_shapes(graph, best) & wanted) - seen and len(plans) >= _MIN_VARIANTS:
+        best = max(candidates, key=lambda plan: len((_shapes(graph, plan, executions) & wanted) - seen))
+        if not (_shapes(graph, best, executions) & wanted) - seen and len(plans) >= _MIN_VARIANTS:
             break
         plans.append(best)
-        seen |= _shapes(graph, best)
+        seen |= _shapes(graph, best, executions)
     return plans
+
+
+def plain_bits(space: SearchSpace) -> int | None:
+    """The bit-width to quantize a whole network to: 8 where that is offered, else the lowest; None without choice."""
+    offered = {int(option) for d in space.decisions if d.kind == "bits" for option in d.options}
+    return None if not offered else 8 if 8 in offered else min(offered)
+
+
+def computed_bits(kind: str, bits: int, executions: Executions) -> int:
+    """The bit-width whose kernels compute a layer: 8 for fewer bits in integer kernels, 32 for what is only stored."""
+    form = format_of(kind, bits, executions)
+    return {"integer": 8, "folded": FULL_BITS, "float": FULL_BITS, "blocks": bits}[form]
 
 
 def random_plan(space: SearchSpace, rng: np.random.Generator, *, drop_share: float) -> Plan:
@@ -76,9 +99,15 @@ def additive_table(
     totals: Sequence[float],
     original_bytes: float,
     quality: Sensitivity,
+    executions: Executions = DEFAULT_EXECUTIONS,
+    widths: Mapping[str, Sequence[int]] | None = None,
 ) -> AdditiveTable:
     """The table from lowered variants: `kernels[i]` are the executed kernels of `plans[i]`, `totals[i]` its predicted
-    latency in microseconds; `original_bytes` is the original's file size."""
+    latency in microseconds; `original_bytes` is the original's file size.
+
+    A bit-width that the same kernel computes as another (`executions`) takes that one's time; `widths` are the
+    bit-widths on offer, layer by layer.
+    """
     sums: dict[tuple[str, Shape], list[float]] = defaultdict(list)
     unowned: list[float] = []
     for plan, executed, total in zip(plans, kernels, totals, strict=True):
@@ -88,15 +117,20 @@ def additive_table(
         # Kernel sums and whole models differ by the correction; spread over the layers it keeps sums near predictions.
         factor = total / max(sum(owned.values()), 1e-9)
         for name, (inputs, outputs) in plan.widths(graph).items():
-            sums[graph.layer[name].key, (inputs, outputs, plan.layer_bits(name))].append(owned.pop(name, 0.0) * factor)
+            bits = computed_bits(graph.layer[name].kind, plan.layer_bits(name), executions)
+            sums[graph.layer[name].key, (inputs, outputs, bits)].append(owned.pop(name, 0.0) * factor)
         unowned.append(sum(owned.values()) * factor)
     by_key: dict[str, dict[Shape, float]] = defaultdict(dict)
     for (key, shape), values in sums.items():
         by_key[key][shape] = float(np.mean(values))
     layers = {
         layer.name: {
-            shape: LayerCost(latency_us=us, size_bytes=layer_bytes(layer, shape))
-            for shape, us in by_key[layer.key].items()
+            (inputs, outputs, bits): LayerCost(
+                latency_us=us, size_bytes=layer_bytes(layer, (inputs, outputs, bits), executions)
+            )
+            for (inputs, outputs, computed), us in by_key[layer.key].items()
+            for bits in {computed, *(widths or {}).get(layer.name, ())}
+            if computed_bits(layer.kind, bits, executions) == computed
         }
         for layer in graph.layers
     }
@@ -105,33 +139,38 @@ def additive_table(
     return AdditiveTable(quality=quality, layers=layers, fixed=fixed)
 
 
-def layer_bytes(layer: Layer, shape: Shape) -> float:
+def layer_bytes(layer: Layer, shape: Shape, executions: Executions = DEFAULT_EXECUTIONS) -> float:
     """Bytes of a layer's weights in the file at (input channels, output channels, bits), scales included."""
     inputs, outputs, bits = shape
     weights = float(outputs if layer.in_axis == layer.out_axis else inputs * outputs / layer.groups)
     for size in layer.kernel:
         weights *= size
-    if bits == FULL_BITS:
-        return 4 * (weights + outputs)
-    return weights * bits / 8 + outputs * (_SCALE_BYTES + 4) + _INT8_OVERHEAD_BYTES
+    form = format_of(layer.kind, bits, executions)
+    stored, plain_bias = weights * bits / 8, 4 * outputs
+    if form == "float":
+        return stored + plain_bias
+    if form == "integer":
+        return stored + outputs * (_SCALE_BYTES + 4) + _LOW_BITS_OVERHEAD_BYTES
+    if form == "blocks":
+        blocks = outputs * -(-inputs // block_of(inputs, bits))
+        return stored + blocks * (4 + bits / 8) + plain_bias + _LOW_BITS_OVERHEAD_BYTES
+    return stored + plain_bias + (0 if bits == 16 else 4 * outputs) + _LOW_BITS_OVERHEAD_BYTES
 
 
-def _all_bits(space: SearchSpace) -> set[int]:
-    return {int(option) for d in space.decisions if d.kind == "bits" for option in d.options}
+def _shapes(graph: Graph, plan: Plan, executions: Executions) -> set[tuple[str, Shape]]:
+    found = set()
+    for name, (inputs, outputs) in plan.widths(graph).items():
+        layer = graph.layer[name]
+        found.add((layer.key, (inputs, outputs, computed_bits(layer.kind, plan.layer_bits(name), executions))))
+    return found
 
 
-def _shapes(graph: Graph, plan: Plan) -> set[tuple[str, Shape]]:
-    return {
-        (graph.layer[name].key, (inputs, outputs, plan.layer_bits(name)))
-        for name, (inputs, outputs) in plan.widths(graph).items()
-    }
-
-
-def _reachable(space: SearchSpace, graph: Graph) -> set[tuple[str, Shape]]:
+def _reachable(space: SearchSpace, graph: Graph, executions: Executions) -> set[tuple[str, Shape]]:
     """Every (layer key, shape) at full student width, for layers with at most one group on each side."""
     result: set[tuple[str, Shape]] = set()
     for layer in graph.layers:
-        bits = space.options(f"bits.{layer.name}") or (FULL_BITS,)
+        offered = space.options(f"bits.{layer.name}") or (FULL_BITS,)
+        bits = {computed_bits(layer.kind, int(b), executions) for b in offered}
         for one in _sparsities(space, layer.in_groups):
             for other in _sparsities(space, layer.out_groups):
                 sparsity: Mapping[str, float] = {
@@ -139,7 +178,7 @@ def _reachable(space: SearchSpace, graph: Graph) -> set[tuple[str, Shape]]:
                     **{g: float(other) for g in layer.out_groups},
                 }
                 widths = Plan(sparsity=sparsity).widths(graph)[layer.name]
-                result |= {(layer.key, (*widths, int(b))) for b in bits}
+                result |= {(layer.key, (*widths, b)) for b in bits}
     return result
 
 

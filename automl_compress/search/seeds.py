@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from automl_compress.core.plan import FULL_BITS, Plan
-from automl_compress.search.pricing import uniform_bits
+from automl_compress.search.pricing import plain_bits, uniform_bits
 from automl_compress.search.space import SearchSpace
 
 ORIGINAL = "original"
@@ -17,12 +17,16 @@ _STEPS = 7
 
 
 def simple_plans(space: SearchSpace) -> dict[str, Plan]:
-    """Label -> plan: the original, uniform quantization, and each student width with it."""
+    """Label -> plan: the original, uniform quantization, every other bit-width throughout, each student width with
+    uniform quantization."""
     result = {ORIGINAL: Plan()}
-    lowest = min((int(o) for d in space.decisions if d.kind == "bits" for o in d.options), default=FULL_BITS)
-    quantized = uniform_bits(space, lowest) if lowest < FULL_BITS else Plan()
-    if lowest < FULL_BITS:
-        result[f"{UNIFORM}{lowest}"] = quantized
+    bits = plain_bits(space)
+    quantized = uniform_bits(space, bits) if bits is not None else Plan()
+    if bits is not None:
+        result[f"{UNIFORM}{bits}"] = quantized
+    offered = {int(option) for d in space.decisions if d.kind == "bits" for option in d.options}
+    for other in sorted(offered - {bits, FULL_BITS}, reverse=True):
+        result[f"all-{other}-bits"] = uniform_bits(space, other)
     widths = (float(o) for d in space.decisions if d.kind == "width" for o in d.options if o != 1)
     return result | {f"width-{width:g}": replace(quantized, width=width) for width in widths}
 

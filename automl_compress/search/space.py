@@ -19,11 +19,12 @@ from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.errors import PlanError, SpaceError
 from automl_compress.search.rules import Rule, SpaceFile, Target, check_unused, load_space, targets_of
 from automl_compress.search.table import AdditiveTable, LayerCost, Option, layer_width
+from automl_compress.techniques.quantization.formats import BITS, Executions
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution
 
-__all__ = ["Decision", "SearchSpace", "SpaceFile", "drop_dominated", "load_space", "resolve"]
+__all__ = ["Decision", "SearchSpace", "SpaceFile", "drop_dominated", "load_space", "offered_bits", "resolve"]
 
 Kind = Literal["width", "sparsity", "drop", "bits"]
 _KINDS: dict[str, Kind] = {"channel-group": "sparsity", "block": "drop", "layer": "bits"}
@@ -163,13 +164,37 @@ class SearchSpace:
         return {d.name: CategoricalDistribution(d.options) for d in self.decisions}
 
 
-def resolve(space: SpaceFile, graph: Graph, bit_widths: Mapping[str, tuple[int, ...]]) -> SearchSpace:
-    """Apply a space's rules to a network on a device that runs `bit_widths[kind]` natively.
+def offered_bits(
+    executions: Executions, *, size_limited: bool
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """(kind of layer -> bit-widths to offer, kind -> those held back), given how a device runs them.
 
-    Sparsities that leave the same number of channels are offered once. Bit-widths that the device doesn't run natively
-    are not offered, and noted. Raises SpaceError for a rule that matches nothing, and for a fixed bit-width that the
-    device doesn't run.
+    Bit-widths that make the file smaller and nothing faster (emulated, storage) are held back unless size is limited.
     """
+    offered: dict[str, tuple[int, ...]] = {}
+    held: dict[str, tuple[int, ...]] = {}
+    for kind in ("conv", "linear"):
+        known = {b: e for (k, b), e in executions.items() if k == kind and b in BITS and b != FULL_BITS}
+        usable = {b for b, e in known.items() if not (kind == "conv" and e == "weight-only")}
+        faster = {b for b in usable if size_limited or known[b] in ("native", "weight-only")}
+        offered[kind] = tuple(sorted({*faster, FULL_BITS}))
+        held[kind] = tuple(sorted(usable - faster))
+    return offered, held
+
+
+def resolve(
+    space: SpaceFile,
+    graph: Graph,
+    bit_widths: Mapping[str, tuple[int, ...]],
+    held_back: Mapping[str, tuple[int, ...]] | None = None,
+) -> SearchSpace:
+    """Apply a space's rules to a network on a device for which `bit_widths[kind]` may be offered.
+
+    Sparsities that leave the same number of channels are offered once. Bit-widths that the device doesn't have are not
+    offered, nor are those of `held_back[kind]` (see `offered_bits`) unless a rule fixes them; both are noted. Raises
+    SpaceError for a rule that matches nothing, and for a fixed bit-width that the device doesn't have.
+    """
+    held = held_back or {}
     targets = targets_of(graph)
     chosen: dict[str, tuple[Option, ...]] = {}
     used: set[int] = set()
@@ -186,14 +211,19 @@ def resolve(space: SpaceFile, graph: Graph, bit_widths: Mapping[str, tuple[int, 
         elif target.kind == "block":
             chosen[name] = {"always": (True,), "true": (False, True), "false": (False,)}[str(rule.drop).lower()]
         else:
-            chosen[name] = _bits(rule, target, bit_widths.get(target.operator, (FULL_BITS,)), missing)
+            kind = target.operator
+            chosen[name] = _bits(rule, target, bit_widths.get(kind, (FULL_BITS,)), held.get(kind, ()), missing)
     check_unused(space, used, targets)
     widths = tuple(space.widths) if graph.groups else (1.0,)
     chosen = {"width": widths, **chosen}
     notes = [
-        f"{count} {operator} layer{'s' if count > 1 else ''}: {bits} bits not offered, the device runs "
-        f"{', '.join(map(str, bit_widths.get(operator, (FULL_BITS,))))} natively"
-        for (operator, bits), count in sorted(missing.items())
+        f"{count} {kind} layer{'s' if count > 1 else ''}: {bits} bits not offered, "
+        + (
+            "they make the file smaller but nothing faster here, and size is not limited"
+            if bits in held.get(kind, ())
+            else f"the device has {', '.join(map(str, bit_widths.get(kind, (FULL_BITS,))))}"
+        )
+        for (kind, bits), count in sorted(missing.items())
     ]
     if len(space.widths) > 1 and not graph.groups:
         notes.append("width: not offered, the network has no channel group that can be narrowed")
@@ -292,21 +322,22 @@ def _sparsities(rule: Rule, size: int) -> tuple[Option, ...]:
 
 
 def _bits(
-    rule: Rule, target: Target, native: tuple[int, ...], missing: dict[tuple[str, int], int]
+    rule: Rule, target: Target, offered: tuple[int, ...], held: tuple[int, ...], missing: dict[tuple[str, int], int]
 ) -> tuple[Option, ...]:
     assert rule.bits is not None
     if not isinstance(rule.bits, list):
-        if rule.bits not in (*native, FULL_BITS):
+        if rule.bits not in (*offered, *held, FULL_BITS):
             raise SpaceError(
-                f"rule {rule.text}: {target.name} can't be fixed to {rule.bits} bits, the device runs {target.operator}"
-                f" natively at {', '.join(map(str, native))}; write a list to offer bits where they run"
+                f"rule {rule.text}: {target.name} can't be fixed to {rule.bits} bits, the device has for "
+                f"{target.operator} {', '.join(map(str, sorted({*offered, *held})))}; write a list to offer bits where "
+                f"they run"
             )
         return (rule.bits,)
     wanted = sorted({FULL_BITS, *rule.bits}, reverse=True)
     for bits in wanted:
-        if bits not in (*native, FULL_BITS):
+        if bits not in (*offered, FULL_BITS):
             missing[target.operator, bits] = missing.get((target.operator, bits), 0) + 1
-    return tuple(bits for bits in wanted if bits in (*native, FULL_BITS))
+    return tuple(bits for bits in wanted if bits in (*offered, FULL_BITS))
 
 
 def _kept(size: int, sparsity: Option) -> int:

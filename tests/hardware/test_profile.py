@@ -224,7 +224,7 @@ DAMAGES = {
     ),
     "unknown fact": (edit("must_agree: [", "must_agree: [colour, "), "match.must_agree"),
     "estimated from nothing": (edit("provenance: measured", "provenance: estimated"), "roofline is missing"),
-    "alignment of nothing": (edit("[QLinearConv]}", "[QLinearConv], alignment: 0}"), "conv.8.alignment"),
+    "alignment of nothing": (edit("[QLinearConv]}", "[QLinearConv], alignment: 0}"), "conv.2.alignment"),
     "not yaml": (edit("schema: automl", "schema: [automl"), "line .*not YAML"),
     "python object": (edit("name: local", "name: !!python/object:os.system local"), "not YAML"),
     "empty": (lambda text: "", "not a device profile"),

@@ -7,8 +7,16 @@ import pytest
 
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.kernels import Kernel
-from automl_compress.search.pricing import additive_table, covering_plans, layer_bytes, random_plan, uniform_bits
+from automl_compress.search.pricing import (
+    additive_table,
+    computed_bits,
+    covering_plans,
+    layer_bytes,
+    random_plan,
+    uniform_bits,
+)
 from automl_compress.search.table import layer_width
+from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS
 from tests.search import campaigns, networks
 
 GRAPH = networks.residual()
@@ -100,12 +108,28 @@ def test_a_layers_bytes_are_those_of_its_initializers() -> None:
             assert layer_bytes(bench.graph.layer[name], (*widths, 32)) == pytest.approx(found, abs=4 * widths[1])
 
 
-def test_what_quantization_saves_in_the_table_it_saves_in_the_file() -> None:
-    bench, space = campaigns.bench(), campaigns.space()
-    full, low = (bench.structure(plan).ByteSize() for plan in (Plan(), uniform_bits(space, 8)))
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_what_quantization_saves_in_the_table_it_saves_in_the_file(bits: int) -> None:
+    bench = campaigns.bench()
+    uniform = Plan(bits=dict.fromkeys(bench.graph.layer, bits))
+    full, low = (bench.structure(plan).ByteSize() for plan in (Plan(), uniform))
     saved = sum(
         layer_bytes(layer, (layer.in_channels, layer.out_channels, 32))
-        - layer_bytes(layer, (layer.in_channels, layer.out_channels, 8))
+        - layer_bytes(layer, (layer.in_channels, layer.out_channels, bits))
         for layer in bench.graph.layers
     )
     assert saved == pytest.approx(full - low, rel=0.15)
+
+
+def test_bits_that_one_kernel_computes_are_measured_once_and_weigh_what_they_weigh() -> None:
+    assert [computed_bits("conv", bits, DEFAULT_EXECUTIONS) for bits in (2, 4, 8, 16, 32)] == [8, 8, 8, 32, 32]
+    assert [computed_bits("linear", bits, DEFAULT_EXECUTIONS) for bits in (2, 4, 8, 16, 32)] == [2, 4, 8, 32, 32]
+    plans = [Plan(), uniform_bits(SPACE, 8)]
+    executed = [kernels(plan) for plan in plans]
+    offered = dict.fromkeys(GRAPH.layer, (2, 4, 8, 16, 32))
+    table = additive_table(GRAPH, plans, executed, [1000.0, 400.0], 50_000, {}, widths=offered)
+    layer = GRAPH.layer["b0.conv1"]
+    costs = {bits: table.cost("b0.conv1", (layer.in_channels, layer.out_channels, bits)) for bits in (2, 4, 8, 16, 32)}
+    assert costs[2].latency_us == costs[4].latency_us == costs[8].latency_us < costs[16].latency_us
+    assert costs[16].latency_us == costs[32].latency_us
+    assert costs[2].size_bytes < costs[4].size_bytes < costs[8].size_bytes < costs[16].size_bytes < costs[32].size_bytes

@@ -14,8 +14,9 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import PlanError, SpaceError
 from automl_compress.search.rules import SpaceFile, load_space
-from automl_compress.search.space import SearchSpace, drop_dominated, resolve
+from automl_compress.search.space import SearchSpace, drop_dominated, offered_bits, resolve
 from automl_compress.search.table import AdditiveTable, LayerCost
+from automl_compress.techniques.quantization.formats import Executions
 from tests.search.networks import NATIVE, concatenated, residual, space_of, table_for
 
 
@@ -64,9 +65,9 @@ def test_bits_that_the_device_lacks_are_not_offered_and_noted() -> None:
     assert space.decision["bits.stem"].options == (32, 8)
     assert space.fixed["bits.head"] == 32
     assert space.notes == (
-        "6 conv layers: 4 bits not offered, the device runs 8, 32 natively",
-        "1 linear layer: 4 bits not offered, the device runs 32 natively",
-        "1 linear layer: 8 bits not offered, the device runs 32 natively",
+        "6 conv layers: 4 bits not offered, the device has 8, 32",
+        "1 linear layer: 4 bits not offered, the device has 32",
+        "1 linear layer: 8 bits not offered, the device has 32",
     )
     with pytest.raises(SpaceError, match=r"stem can't be fixed to 4 bits"):
         made(residual(), {"match": {"kind": "layer"}, "bits": 4})
@@ -238,3 +239,26 @@ def test_tables_cover_the_space() -> None:
     graph = residual()
     table = table_for(space_of(graph), graph)
     assert table.plan_cost(graph, Plan()).latency_us > table.plan_cost(graph, Plan(width=0.5)).latency_us
+
+
+def test_bits_that_only_save_bytes_are_offered_where_size_is_limited() -> None:
+    executions: Executions = {
+        ("conv", 4): "emulated",
+        ("conv", 8): "native",
+        ("conv", 16): "storage",
+        ("conv", 3): "emulated",
+        ("linear", 2): "weight-only",
+        ("linear", 16): "storage",
+    }
+    offered, held = offered_bits(executions, size_limited=False)
+    assert offered == {"conv": (8, 32), "linear": (2, 32)}
+    assert held == {"conv": (4, 16), "linear": (16,)}
+    assert offered_bits(executions, size_limited=True)[0] == {"conv": (4, 8, 16, 32), "linear": (2, 16, 32)}
+    rule = {"match": {"kind": "layer"}, "bits": [2, 4, 8]}
+    space = resolve(SpaceFile.model_validate({"name": "test", "rules": [rule]}), residual(), offered, held)
+    assert space.decision["bits.stem"].options == (32, 8)
+    assert space.decision["bits.head"].options == (32, 2)
+    assert any("4 bits not offered, they make the file smaller but nothing faster" in note for note in space.notes)
+    fixed = {"match": {"kind": "layer", "operator": "conv"}, "bits": 4}
+    space = resolve(SpaceFile.model_validate({"name": "test", "rules": [fixed]}), residual(), offered, held)
+    assert space.fixed["bits.stem"] == 4
