@@ -63,6 +63,7 @@ class CostModel:
                 layer=kernel.layer,
                 role=kernel.role,
                 mean_us=prices[kernel.key].mean_us if kernel.key in prices else None,
+                provenance=prices[kernel.key].provenance if kernel.key in prices else "estimated",
             )
             for kernel in self.device.lowered(model).kernels
         ]

@@ -17,6 +17,7 @@ from typing import Literal
 
 import onnx
 
+from automl_compress.core.budget import Provenance
 from automl_compress.hardware.executed import RawKernel
 
 LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -46,6 +47,7 @@ class Kernel:
              executed just before, the first layer for leading ones; None in a model without layers
     role     "layer" if it computes the layer, else "helper"
     mean_us  its time in microseconds; None if no one measured it
+    provenance  of that time
     """
 
     key: str
@@ -53,6 +55,7 @@ class Kernel:
     layer: str | None
     mean_us: float | None
     role: Literal["layer", "helper"] = "helper"
+    provenance: Provenance = "measured"
 
 
 @dataclass(frozen=True, kw_only=True)

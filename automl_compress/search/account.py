@@ -10,6 +10,7 @@ import optuna.trial
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.verify import ExecutedLayer
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.dominated import is_about_bits
 
 
 def layer_rows(campaign: Campaign, plan: Plan, executed: tuple[ExecutedLayer, ...]) -> tuple[Mapping[str, Any], ...]:
@@ -79,6 +80,8 @@ def _reasons(
             if saved <= 0
             else "32 bits: fewer would cost more quality than they save"
         )
+    else:
+        reasons += [n.partition(": ")[2] for n in campaign.space.notes if is_about_bits(n, name)]
     if name in runs and not runs[name].ok:
         reasons.append(runs[name].reason)
     return reasons

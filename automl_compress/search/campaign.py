@@ -25,12 +25,13 @@ from automl_compress.hardware.device import Device
 from automl_compress.hardware.measure import measure_variants
 from automl_compress.progress import Progress
 from automl_compress.search.decode import Decoder, cheapest, solve
+from automl_compress.search.dominated import drop_dominated
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.pricing import additive_table, covering_plans
 from automl_compress.search.sampler import make_sampler
 from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
 from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
-from automl_compress.search.space import SearchSpace, drop_dominated
+from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
 from automl_compress.search.study import (
     Objective,
@@ -298,7 +299,9 @@ class Campaign:
         """Drop dominated options once: a resumed run offers what it offered before, whatever was measured since."""
         known = self.folder.read_json("space.json") or self._shared_space()
         if known is None:
-            space = drop_dominated(self.space, self.bench.graph, self.table, metrics=tuple(self.budget.limits))
+            space = drop_dominated(
+                self.space, self.bench.graph, self.table, metrics=tuple(self.budget.limits), predict=self.predict
+            )
             known = {
                 "options": {d.name: list(d.options) for d in space.decisions},
                 "fixed": dict(space.fixed),

@@ -7,17 +7,18 @@ the reorders, conversions and additions that ran with it, averaged over the vari
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from automl_compress.core.budget import Provenance
 from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.hardware.kernels import Kernel
 from automl_compress.search.sensitivity import Sensitivity
 from automl_compress.search.space import SearchSpace
-from automl_compress.search.table import AdditiveTable, LayerCost, Shape
+from automl_compress.search.table import AdditiveTable, LayerCost, Shape, least_certain
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions, format_of
 from automl_compress.techniques.quantization.weights import block_of
 
@@ -109,16 +110,21 @@ def additive_table(
     bit-widths on offer, layer by layer.
     """
     sums: dict[tuple[str, Shape], list[float]] = defaultdict(list)
+    sources: dict[tuple[str, Shape], set[Provenance]] = defaultdict(set)
     unowned: list[float] = []
     for plan, executed, total in zip(plans, kernels, totals, strict=True):
         owned: dict[str, float] = defaultdict(float)
+        known: dict[str, set[Provenance]] = defaultdict(set)
         for kernel in executed:
             owned[kernel.layer or ""] += kernel.mean_us or 0.0
+            known[kernel.layer or ""].add(kernel.provenance)
         # Kernel sums and whole models differ by the correction; spread over the layers it keeps sums near predictions.
         factor = total / max(sum(owned.values()), 1e-9)
         for name, (inputs, outputs) in plan.widths(graph).items():
             bits = computed_bits(graph.layer[name].kind, plan.layer_bits(name), executions)
-            sums[graph.layer[name].key, (inputs, outputs, bits)].append(owned.pop(name, 0.0) * factor)
+            place = graph.layer[name].key, (inputs, outputs, bits)
+            sums[place].append(owned.pop(name, 0.0) * factor)
+            sources[place] |= known[name]
         unowned.append(sum(owned.values()) * factor)
     by_key: dict[str, dict[Shape, float]] = defaultdict(dict)
     for (key, shape), values in sums.items():
@@ -136,7 +142,20 @@ def additive_table(
     }
     weights = sum(layer_bytes(layer, (layer.in_channels, layer.out_channels, FULL_BITS)) for layer in graph.layers)
     fixed = LayerCost(latency_us=float(np.median(unowned)), size_bytes=max(0.0, original_bytes - weights))
-    return AdditiveTable(quality=quality, layers=layers, fixed=fixed)
+    told = {layer.name: _told(layer, layers[layer.name], sources, executions) for layer in graph.layers}
+    return AdditiveTable(quality=quality, layers=layers, fixed=fixed, sources=told)
+
+
+def _told(
+    layer: Layer, shapes: Iterable[Shape], sources: Mapping[tuple[str, Shape], set[Provenance]], executions: Executions
+) -> dict[Shape, Provenance]:
+    """Where each shape's time comes from."""
+    return {
+        (i, o, bits): least_certain(
+            sources.get((layer.key, (i, o, computed_bits(layer.kind, bits, executions))), set())
+        )
+        for i, o, bits in shapes
+    }
 
 
 def layer_bytes(layer: Layer, shape: Shape, executions: Executions = DEFAULT_EXECUTIONS) -> float:

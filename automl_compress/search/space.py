@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -18,13 +18,13 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.errors import PlanError, SpaceError
 from automl_compress.search.rules import Rule, SpaceFile, Target, check_unused, load_space, targets_of
-from automl_compress.search.table import AdditiveTable, LayerCost, Option, layer_width
+from automl_compress.search.table import Option
 from automl_compress.techniques.quantization.formats import BITS, Executions
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution
 
-__all__ = ["Decision", "SearchSpace", "SpaceFile", "drop_dominated", "load_space", "offered_bits", "resolve"]
+__all__ = ["Decision", "SearchSpace", "SpaceFile", "load_space", "offered_bits", "resolve"]
 
 Kind = Literal["width", "sparsity", "drop", "bits"]
 _KINDS: dict[str, Kind] = {"channel-group": "sparsity", "block": "drop", "layer": "bits"}
@@ -238,75 +238,6 @@ def resolve(
         fixed={name: options[0] for name, options in chosen.items() if len(options) == 1},
         notes=tuple(notes),
         graph=graph,
-    )
-
-
-def drop_dominated(
-    space: SearchSpace, graph: Graph, table: AdditiveTable, *, metrics: Sequence[str] = ("latency", "size")
-) -> SearchSpace:
-    """Take out every sparsity for which keeping more channels is nowhere dearer in any of `metrics`.
-
-    "Nowhere" is at every bit-width on offer and whatever the neighbouring groups keep, by the table. Fewer channels are
-    always a smaller file, so an option is dominated only where size isn't limited: pass the metrics that the budget
-    limits; with 'memory' among them nothing is dominated. Widths are compared at student width 1.
-    """
-    if "memory" in metrics:
-        return space
-    decisions: list[Decision] = []
-    notes: list[str] = []
-    for decision in space.decisions:
-        if decision.kind != "sparsity":
-            decisions.append(decision)
-            continue
-        size = graph.group[decision.target].size
-        counts = {option: _kept(size, option) for option in decision.options}
-        costs = {option: _touching_costs(space, graph, table, decision.target, counts[option]) for option in counts}
-        left: list[Option] = []
-        for option in decision.options:
-            wider = (o for o in left if counts[o] > counts[option])
-            better = next((o for o in wider if _nowhere_dearer(costs[o], costs[option], metrics)), None)
-            if better is None:
-                left.append(option)
-            else:
-                fewer, more = counts[option], counts[better]
-                notes.append(f"{decision.target}: {fewer} channels are not cheaper here than {more}: not offered")
-        decisions.append(replace(decision, options=tuple(left)))
-    fixed = {**space.fixed, **{d.name: d.options[0] for d in decisions if len(d.options) == 1}}
-    left_over = tuple(d for d in decisions if len(d.options) > 1)
-    return replace(space, decisions=left_over, fixed=fixed, notes=(*space.notes, *notes))
-
-
-def _touching_costs(
-    space: SearchSpace, graph: Graph, table: AdditiveTable, group: str, kept: int
-) -> list[list[LayerCost]]:
-    """For each layer on the group: its cost when the group keeps `kept`, over all neighbours' widths and bits."""
-    result = []
-    for layer in graph.layers:
-        names = (*layer.in_groups, *layer.out_groups)
-        if group not in names:
-            continue
-        cases: list[dict[str, int]] = [{group: kept}]
-        for other in dict.fromkeys(names):
-            if other != group:
-                size = graph.group[other].size
-                sparsities = space.options(f"sparsity.{other}") or (0.0,)
-                cases = [{**case, other: _kept(size, s)} for case in cases for s in sparsities]
-        bits = [int(b) for b in space.options(f"bits.{layer.name}") or (FULL_BITS,)]
-        costs = [
-            table.cost(layer.name, (layer_width(graph, layer, "in", c), layer_width(graph, layer, "out", c), b))
-            for c in cases
-            for b in bits
-        ]
-        # A layer that can be removed while others on the group stay must not be what pays for the wider option.
-        result.append([*costs, LayerCost()] if layer.blocks else costs)
-    return result
-
-
-def _nowhere_dearer(wide: list[list[LayerCost]], narrow: list[list[LayerCost]], metrics: Sequence[str]) -> bool:
-    """Whether the worst case over everything else is not above zero, metric by metric."""
-    return all(
-        sum(max(a.of(m) - b.of(m) for a, b in zip(w, n, strict=True)) for w, n in zip(wide, narrow, strict=True)) <= 0
-        for m in metrics
     )
 
 

@@ -6,12 +6,14 @@ budget is decided by the cost model, which lowers the whole plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from automl_compress.core.budget import Provenance
 from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import Plan
 
+_LEAST_CERTAIN_FIRST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
 Option = float | int | bool
 QualityKey = tuple[str, Option]
 Shape = tuple[int, int, int]
@@ -43,10 +45,12 @@ class AdditiveTable:
     quality  (decision name, option) -> estimated quality loss, >= 0; absent means 0, as for doing nothing
     layers   layer name -> (input channels, output channels, bits) -> cost; at least one entry for every layer
     fixed    what no decision changes
+    sources  layer name -> shape -> where its latency comes from
     """
 
     quality: Mapping[QualityKey, float] = field(default_factory=dict)
     layers: Mapping[str, Mapping[Shape, LayerCost]]
+    sources: Mapping[str, Mapping[Shape, Provenance]] = field(default_factory=dict)
     fixed: LayerCost = field(default_factory=LayerCost)
 
     def cost(self, layer: str, shape: Shape) -> LayerCost:
@@ -61,12 +65,22 @@ class AdditiveTable:
         nearest = min(entries, key=lambda other: (other[2] != shape[2], _distance(shape, other), other))
         return entries[nearest].scaled(shape[0] * shape[1] / (nearest[0] * nearest[1]))
 
+    def known(self, layer: str, shape: Shape) -> Provenance:
+        """Where the layer's latency at that shape comes from: "estimated" where it is scaled from another shape."""
+        return self.sources.get(layer, {}).get(shape, "estimated")
+
     def plan_cost(self, graph: Graph, plan: Plan) -> LayerCost:
         """The sum over the layers that remain under a plan, `fixed` included."""
         total = self.fixed
         for name, (inputs, outputs) in plan.widths(graph).items():
             total += self.cost(name, (inputs, outputs, plan.layer_bits(name)))
         return total
+
+
+def least_certain(found: Iterable[Provenance]) -> Provenance:
+    """What may be said of a figure that is made of several: "estimated" if one of them is; of none "measured"."""
+    known = set(found)
+    return next((p for p in _LEAST_CERTAIN_FIRST if p in known), "measured")
 
 
 def channel_copies(graph: Graph, layer: Layer, group: str, side: str) -> int:

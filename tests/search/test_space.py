@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import PlanError, SpaceError
 from automl_compress.search.rules import SpaceFile, load_space
-from automl_compress.search.space import SearchSpace, drop_dominated, offered_bits, resolve
-from automl_compress.search.table import AdditiveTable, LayerCost
+from automl_compress.search.space import SearchSpace, offered_bits, resolve
 from automl_compress.techniques.quantization.formats import Executions
 from tests.search.networks import NATIVE, concatenated, residual, space_of, table_for
 
@@ -142,44 +139,6 @@ def test_fingerprints_tell_spaces_apart() -> None:
     one, other = space_of(graph), space_of(graph, sparsity=[0.5])
     assert one.fingerprint == space_of(residual()).fingerprint
     assert len({one.fingerprint, other.fingerprint, space_of(residual(blocks=1)).fingerprint}) == 3
-
-
-def _staircase(graph: Graph) -> AdditiveTable:
-    """8 outputs are as fast as 6, and 4 are faster; sizes follow the channels."""
-    step = {8: 10.0, 6: 12.0, 4: 5.0, 2: 5.0}
-    shapes = itertools.product((8, 6, 4, 2), (8, 6, 4, 2), (8, 32))
-    costs = {(i, o, b): LayerCost(latency_us=step[i] * step[o], size_bytes=i * o * b) for i, o, b in shapes}
-    return AdditiveTable(layers={layer.name: costs for layer in graph.layers})
-
-
-def test_a_sparsity_that_is_nowhere_cheaper_is_taken_out() -> None:
-    graph = residual()
-    space = made(graph, {"match": {"kind": "channel-group", "name": "b*"}, "sparsity": [0.25, 0.5, 0.75]})
-    reduced = drop_dominated(space, graph, _staircase(graph), metrics=["latency"])
-    assert reduced.decision["sparsity.b0.conv1"].options == (0.0, 0.5)
-    assert "b0.conv1: 6 channels are not cheaper here than 8: not offered" in reduced.notes
-    assert "b0.conv1: 2 channels are not cheaper here than 4: not offered" in reduced.notes
-
-
-def test_nothing_is_dominated_while_size_or_memory_counts() -> None:
-    graph = residual()
-    space = made(graph, {"match": {"kind": "channel-group", "name": "b*"}, "sparsity": [0.25, 0.5, 0.75]})
-    assert drop_dominated(space, graph, _staircase(graph)).decisions == space.decisions
-    assert drop_dominated(space, graph, _staircase(graph), metrics=["latency", "memory"]).decisions == space.decisions
-
-
-def test_an_option_that_pays_at_one_bit_width_stays() -> None:
-    graph = residual()
-    space = made(
-        graph,
-        {"match": {"kind": "channel-group", "name": "b*"}, "sparsity": [0.25]},
-        {"match": {"kind": "layer"}, "bits": [8, 32]},
-    )
-    table = _staircase(graph)
-    cheap = {k: replace(c, latency_us=1.0) if k[2] == 32 and k[0] == 6 else c for k, c in table.layers["stem"].items()}
-    table = replace(table, layers={**table.layers, "b0.conv2": cheap, "b1.conv2": cheap})
-    reduced = drop_dominated(space, graph, table, metrics=["latency"])
-    assert reduced.decision["sparsity.b0.conv1"].options == (0.0, 0.25)
 
 
 @pytest.mark.parametrize("name", ["cnn", "transformer", "prune-only", "quantize-only"])
