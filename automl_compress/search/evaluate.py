@@ -1,7 +1,7 @@
 """The workbench on which plans become models and models get figures.
 
 It holds everything about one task that is computed once and used by every trial: calibration samples, the exported
-template, the ranking of channels, Gram matrices, the teacher's outputs. A trial's metric is that of the ONNX model in
+template, the ranking of channels, the teacher's activations and outputs. A trial's metric is that of the ONNX model in
 the runtime, quantized layers included: what is compared in the search is what is delivered.
 """
 
@@ -15,26 +15,22 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from automl_compress.core.graph import ChannelGroup, Graph
+from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.export import Template
 from automl_compress.deploy.runtime import OnnxModel
-from automl_compress.deploy.verify import torch_outputs
 from automl_compress.errors import TaskError
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task, check_labels
-from automl_compress.techniques.importance import criterion
+from automl_compress.search.student import REPAIR_SAMPLES, Outputs, Students, distance
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
 from automl_compress.techniques.quantization.calibrate import activation_tensors, calibrate
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.rewrite import quantize
-from automl_compress.techniques.reconstruct import Gram, collect_grams, elimination_scores, refit
-from automl_compress.techniques.recover import recalibrate_batch_norm
 
 CALIBRATION_SAMPLES = 512
-GRAM_SAMPLES = 1024
+TRAIN_SAMPLES = 1024
 ONE_SHOT_SAMPLES = 2048
-Outputs = tuple[np.ndarray, ...]
 Ranges = Mapping[str, tuple[float, float]]
 
 
@@ -50,10 +46,11 @@ class Workbench:
         seed: int = 0,
         threads: int | None = None,
         executions: Executions = DEFAULT_EXECUTIONS,
+        repair_samples: int = REPAIR_SAMPLES,
     ) -> None:
         self.task, self.graph, self.importance, self.seed = task, graph, importance, seed
         self.executions = executions
-        self._threads = threads
+        self._threads, self._repair_samples = threads, repair_samples
         self.teacher = copy_model(task.model).cpu().float().eval()
 
     @cached_property
@@ -61,10 +58,15 @@ class Workbench:
         return Template(self.teacher, self.task.example_inputs, self.graph)
 
     @cached_property
-    def samples(self) -> list[Inputs]:
-        """Training inputs for calibration, batch by batch, at most GRAM_SAMPLES."""
+    def _train(self) -> list[tuple[Inputs, Tensor]]:
+        """Training samples for calibration, batch by batch, at most TRAIN_SAMPLES."""
         torch.manual_seed(self.seed)
-        return [inputs for inputs, _ in _limited(self.task, "train", GRAM_SAMPLES)]
+        return _limited(self.task, "train", TRAIN_SAMPLES)
+
+    @property
+    def samples(self) -> list[Inputs]:
+        """The inputs of the training samples for calibration, batch by batch."""
+        return [inputs for inputs, _ in self._train]
 
     @cached_property
     def validation(self) -> list[tuple[Inputs, Tensor]]:
@@ -72,12 +74,22 @@ class Workbench:
         return _limited(self.task, "validation", ONE_SHOT_SAMPLES)
 
     @cached_property
-    def ranking(self) -> Ranking:
-        return Ranking(self.teacher, self.graph, self._importance)
+    def students(self) -> Students:
+        """What turns plans into repaired models."""
+        return Students(
+            self.teacher,
+            self.graph,
+            lambda: self._train,
+            loss=self.task.loss_of,
+            classifies=self.task.classifies,
+            importance=self.importance,
+            seed=self.seed,
+            repair_samples=self._repair_samples,
+        )
 
-    @cached_property
-    def grams(self) -> dict[str, Gram]:
-        return collect_grams(self.teacher, self.graph, self.samples)
+    @property
+    def ranking(self) -> Ranking:
+        return self.students.ranking
 
     @cached_property
     def original(self) -> onnx.ModelProto:
@@ -102,19 +114,10 @@ class Workbench:
     def student(self, plan: Plan) -> tuple[nn.Module, Plan]:
         """The plan's model without any training, and the plan with its channels selected.
 
-        A cut model is repaired twice, by refitting consumers and by recalibrating batch-norms on top, and the repair
-        that stays closer to the original's outputs is kept; neither is better on every model.
+        See `Students.make` for how it is repaired.
         """
-        plan = select_channels(self.graph, plan, self.ranking)
-        model = apply_plan(self.teacher, self.graph, plan)
-        if not plan.kept and not plan.drop:
-            return model.eval(), plan
-        if plan.kept:
-            refit(model, self.teacher, self.graph, plan, self.grams)
-        recalibrated = copy_model(model)
-        if not recalibrate_batch_norm(recalibrated, self._calibration):
-            return model.eval(), plan
-        return min((model.eval(), recalibrated.eval()), key=self._torch_distortion), plan
+        student = self.students.make(plan)
+        return student.model, student.plan
 
     def structure(self, plan: Plan) -> onnx.ModelProto:
         """The plan's ONNX model with the right shapes and operators but without repair: enough to predict its cost."""
@@ -159,12 +162,7 @@ class Workbench:
         Kullback-Leibler divergence (nats a sample) for classification, else squared error over the outputs' variance.
         """
         outputs = self._outputs(model, head(self._calibration, 256))
-        return _distance(outputs, self._reference[: len(outputs)], self.task.classifies)
-
-    def _torch_distortion(self, model: nn.Module) -> float:
-        inputs = head(self._calibration, 256)
-        outputs = [torch_outputs(model, part) for part in inputs]
-        return _distance(outputs, self._reference[: len(outputs)], self.task.classifies)
+        return distance(outputs, self._reference[: len(outputs)], self.task.classifies)
 
     def _quantized(self, model: onnx.ModelProto, plan: Plan, ranges: Ranges) -> onnx.ModelProto:
         bits = _low_bits(plan)
@@ -177,13 +175,6 @@ class Workbench:
     def _feeds(self, batches: Sequence[Inputs]) -> list[dict[str, np.ndarray]]:
         names = [value.name for value in self.original.graph.input]
         return [dict(zip(names, (part.numpy() for part in inputs), strict=True)) for inputs in batches]
-
-    def _importance(self, model: nn.Module, group: ChannelGroup) -> Tensor:
-        if self.importance == "obs":
-            scores = elimination_scores(model, group, self.graph, self.grams)
-            # Where the consumers are too large or of a kind that has no Gram matrix, magnitude decides.
-            return scores if scores is not None else criterion("l2")(model, group)
-        return criterion(self.importance)(model, group)
 
 
 def _low_bits(plan: Plan) -> dict[str, int]:
@@ -218,24 +209,4 @@ def head(batches: Sequence[Inputs], samples: int) -> list[Inputs]:
             break
         result.append(tuple(part[:left] for part in inputs))
         left -= len(inputs[0])
-    return result
-
-
-def _distance(outputs: Sequence[Outputs], reference: Sequence[Outputs], classifies: bool) -> float:
-    """Mean over the model's outputs; the reference may have more rows."""
-    pairs = zip(zip(*outputs, strict=True), zip(*reference, strict=True), strict=True)
-    return float(np.mean([_one_distance(np.concatenate(a), np.concatenate(b), classifies) for a, b in pairs]))
-
-
-def _one_distance(one: np.ndarray, other: np.ndarray, classifies: bool) -> float:
-    one, other = one.astype(np.float64), other.astype(np.float64)[: len(one)]
-    if classifies:
-        p, q = _log_softmax(other), _log_softmax(one)
-        return float((np.exp(p) * (p - q)).sum(axis=1).mean())
-    return float(((one - other) ** 2).mean() / max(other.var(), 1e-12))
-
-
-def _log_softmax(values: np.ndarray) -> np.ndarray:
-    shifted = values - values.max(axis=1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

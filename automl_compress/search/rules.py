@@ -18,6 +18,7 @@ from automl_compress.errors import SpaceError
 
 TargetKind = Literal["channel-group", "block", "layer"]
 Operator = Literal["conv", "linear"]
+Importance = Literal["l1", "l2", "batch-norm", "taylor", "fisher", "obs", "random"]
 _GIVES = {"channel-group": "sparsity", "block": "drop", "layer": "bits"}
 
 
@@ -105,7 +106,7 @@ class SpaceFile(_Strict):
 
     name: str
     description: str = ""
-    importance: Literal["l1", "l2", "obs"] = "l2"
+    importance: Importance = "l2"
     width: list[Width] | Width = Field(default_factory=lambda: [1.0])
     rules: tuple[Rule, ...] = Field(min_length=1)
 

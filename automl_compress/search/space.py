@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.errors import PlanError, SpaceError
-from automl_compress.search.rules import Rule, SpaceFile, Target, check_unused, load_space, targets_of
+from automl_compress.search.rules import Importance, Rule, SpaceFile, Target, check_unused, load_space, targets_of
 from automl_compress.search.table import Option
 from automl_compress.techniques.quantization.formats import BITS, Executions
 
@@ -52,12 +52,12 @@ class SearchSpace:
 
     decisions   the choices that have more than one option
     fixed       decision name -> the only option, for choices that have one
-    importance  which channels are kept: by a norm of their weights, 'l1' or 'l2', or by elimination, 'obs'
+    importance  the criterion that says which channels are kept
     notes       what the rules offered and why it isn't offered here, one line each
     """
 
     name: str
-    importance: Literal["l1", "l2", "obs"] = "l2"
+    importance: Importance = "l2"
     decisions: tuple[Decision, ...]
     fixed: Mapping[str, Option] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -1,128 +1,135 @@
-"""One-shot repair by least squares: what consumed the removed channels learns to do without them.
+"""Which channels a network misses least, from second-order statistics: elimination by optimal brain surgeon.
 
 For a layer y = W x, removing columns of x and refitting W on calibration data is least squares in closed form, and all
-that is needed of the data is the Gram matrix G = sum x x^T over unfolded inputs: W' = W G[:, K] G[K, K]^-1 for the kept
-columns K. The same matrix says which channels to remove: eliminating one block of columns c at a time costs
-tr(W_c inv(inv(G)_cc) W_c^T) (optimal brain surgeon; Hassibi & Stork 1993, applied to channels as in Kurtic et al. 2023,
-"ZipLM"). Both need one pass over a few hundred samples, and no gradient.
+that is needed of the data is the Gram matrix G = sum x x^T of what its output positions read. Eliminating one block of
+columns c at a time costs tr(W_c inv(inv(G)_cc) W_c^T) (optimal brain surgeon; Hassibi & Stork 1993, applied to channels
+as in Kurtic et al. 2023, "ZipLM"). It needs one pass over a few hundred samples, and no gradient.
+
+Memory is bounded: a layer with more than MAX_COLUMNS columns gets a matrix for each part of its channels, and what is
+between the parts counts as uncorrelated; layers are visited in several passes if all matrices together exceed
+MAX_BYTES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from automl_compress.core.graph import ChannelGroup, Graph, Layer
-from automl_compress.core.plan import Plan
+from automl_compress.techniques.calls import Call, LayerCalls
+from automl_compress.techniques.rows import ROWS, input_rows, sample_positions
 
-# A Gram matrix has (input channels x kernel)^2 entries and is inverted once: beyond this, one takes more than 100 MB.
-MAX_COLUMNS = 3456
-_MAX_ROWS = 8192  # a batch
+MAX_COLUMNS = 2304  # 256 channels of a 3x3 convolution: the inverse takes 42 MB and a second
+MAX_BYTES = 1 << 30
 _DAMPING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gram:
-    """sum x x^T over calibration inputs of one layer [columns + 1, columns + 1], float64; the last column is the
-    constant 1 that carries the bias."""
+    """sum x x^T over calibration inputs of one layer, for a part of its columns.
 
+    columns   columns of the flattened weight, in the matrices' order
+    matrix    one for each of the layer's convolution groups [groups, columns + 1, columns + 1], float64; the last
+              column is the constant 1 that carries the bias
+    """
+
+    columns: tuple[int, ...]
     matrix: Tensor
 
     def damped(self) -> Tensor:
         """With a ridge of a thousandth of the mean diagonal, so that dead channels can be inverted."""
-        size = self.matrix.shape[0]
-        ridge = _DAMPING * self.matrix.diagonal().mean()
-        return self.matrix + ridge * torch.eye(size, dtype=self.matrix.dtype)
+        ridge = _DAMPING * self.matrix.diagonal(dim1=1, dim2=2).mean(dim=1)
+        return self.matrix + ridge.view(-1, 1, 1) * torch.eye(self.matrix.shape[1], dtype=self.matrix.dtype)
 
 
-def collect_grams(model: nn.Module, graph: Graph, batches: Iterable[tuple[Tensor, ...]]) -> dict[str, Gram]:
-    """Gram matrices of the inputs of every layer that consumes a channel group, by layer name.
+def collect_grams(
+    model: nn.Module, graph: Graph, batches: Iterable[tuple[Tensor, ...]], layers: Iterable[str] | None = None
+) -> dict[str, tuple[Gram, ...]]:
+    """Layer name -> Gram matrices of its input, for the layers (default: all) that consume a channel group.
 
-    `model` is the original in eval mode. Layers that are grouped, not 2-D convolutions or linear, or larger than
-    MAX_COLUMNS are left out; their channels are chosen by magnitude and not refitted.
+    `model` is the original in eval mode. A layer that no call was seen of (see `LayerCalls`) is left out.
     """
-    wanted = {layer.name: layer for layer in graph.layers if _refittable(layer)}
-    sums: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-    handles = []
-    for name, layer in wanted.items():
-        if name in modules and isinstance(modules[name], (nn.Conv2d, nn.Linear)):
-            handles.append(modules[name].register_forward_pre_hook(_collector(layer, sums)))
-    try:
-        with torch.no_grad():
-            for inputs in batches:
-                model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: Gram(matrix=matrix) for name, matrix in sums.items()}
+    wanted = {layer.name for layer in graph.layers if layer.in_groups and layer.in_axis != layer.out_axis}
+    batches = list(batches)
+    rows = 2 * ROWS // max(1, len(batches))
+    collector = _Collector(model, graph, wanted if layers is None else wanted.intersection(layers), rows)
+    with torch.no_grad(), collector:
+        for inputs in batches:
+            model(*inputs)
+    return collector.grams()
 
 
-def elimination_scores(model: nn.Module, group: ChannelGroup, graph: Graph, grams: Mapping[str, Gram]) -> Tensor | None:
-    """Scores [group size]: when each channel is eliminated, first 0; None where a consumer has no Gram.
+def elimination_losses(
+    model: nn.Module, graph: Graph, batches: Sequence[tuple[Tensor, ...]], groups: Iterable[str] | None = None
+) -> dict[str, Tensor | None]:
+    """Group name -> losses [group size]: squared error of the consumers, refitted, when a channel goes after all those
+    with lower losses. None where a group has no consumer whose inputs were seen."""
+    names = [group.name for group in graph.groups] if groups is None else list(groups)
+    result: dict[str, Tensor | None] = {}
+    for part in _within_memory(graph, names):
+        consumers = {name for group in part for name in graph.group[group].consumers}
+        grams = collect_grams(model, graph, batches, consumers)
+        result |= {group: eliminate(model, graph.group[group], graph, grams) for group in part}
+    return result
+
+
+def eliminate(
+    model: nn.Module, group: ChannelGroup, graph: Graph, grams: Mapping[str, Sequence[Gram]]
+) -> Tensor | None:
+    """Losses [group size] of one group, see `elimination_losses`.
 
     Channels go one by one, each time the one whose loss, after the best refit of what is left, is least.
     """
-    consumers = [graph.layer[name] for name in group.consumers]
-    if not consumers or any(layer.name not in grams for layer in consumers):
-        return None
     stored = dict(model.named_parameters(remove_duplicate=False))
-    states = [_Elimination(_matrix(stored, layer), grams[layer.name], _columns(layer, group)) for layer in consumers]
-    scores = torch.zeros(group.size, dtype=torch.float64)
-    left = list(range(group.size))
-    for rank in range(group.size):
-        losses = sum(state.losses(left) for state in states)
-        assert isinstance(losses, Tensor)
-        channel = left[int(losses.argmin())]
+    states = [
+        state
+        for layer in (graph.layer[name] for name in group.consumers)
+        for gram in grams.get(layer.name, ())
+        for state in _states(_matrix(stored, layer), layer, group, gram)
+    ]
+    if not states:
+        return None
+    losses = torch.zeros(group.size, dtype=torch.float64)
+    left, total = list(range(group.size)), 0.0
+    while left:
+        each = torch.stack([state.losses(left) for state in states]).sum(dim=0)
+        index = int(each.argmin())
+        # Strictly ascending, so that ties keep the order in which they were eliminated.
+        total = max(total * (1 + 1e-12), total + float(each[index])) + 1e-30
+        losses[left[index]] = total
         for state in states:
-            state.remove(channel)
-        left.remove(channel)
-        scores[channel] = rank
-    return scores
-
-
-def refit(model: nn.Module, original: nn.Module, graph: Graph, plan: Plan, grams: Mapping[str, Gram]) -> None:
-    """Replace, in place, the weights of every layer of the cut `model` that lost inputs by their least-squares refit.
-
-    `plan` must have its channels selected; layers in removed blocks and layers without a Gram stay as they are.
-    """
-    stored = dict(original.named_parameters(remove_duplicate=False))
-    target = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for layer in graph.layers:
-            lost = [name for name in layer.in_groups if name in plan.kept]
-            if not lost or layer.name not in grams or plan.drop.intersection(layer.blocks):
-                continue
-            gone = {column for name in lost for column in _removed_columns(layer, graph.group[name], plan.kept[name])}
-            weight, bias = _refitted(_matrix(stored, layer), grams[layer.name], gone)
-            rows = _kept_rows(layer, graph, plan)
-            shape = target[layer.weight].shape
-            target[layer.weight].copy_(weight[rows].reshape(shape))
-            if layer.bias:
-                target[layer.bias].copy_(bias[rows])
+            state.remove(left[index])
+        del left[index]
+    return losses
 
 
 class _Elimination:
-    """The state of one consumer while channels are eliminated: weights refitted so far, inverse of what is left."""
+    """One matrix while channels are eliminated: weights refitted so far, inverse of what is left."""
 
-    def __init__(self, weight: Tensor, gram: Gram, columns: list[list[int]]) -> None:
+    def __init__(self, weight: Tensor, matrix: Tensor, columns: Mapping[int, list[int]]) -> None:
         self._columns = columns
         self._weight = weight.clone()
-        self._inverse = torch.linalg.inv(gram.damped())
+        self._inverse = torch.linalg.inv(matrix)
 
-    def losses(self, channels: list[int]) -> Tensor:
-        index = torch.tensor([self._columns[c] for c in channels])
-        blocks = self._inverse[index.unsqueeze(2), index.unsqueeze(1)]  # [channels, k, k]
-        weights = self._weight[:, index].permute(1, 2, 0)  # [channels, k, out]
-        losses: Tensor = (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
-        return losses
+    def losses(self, channels: Sequence[int]) -> Tensor:
+        """What each of these channels would cost now; 0 for one that has no column here."""
+        result = torch.zeros(len(channels), dtype=torch.float64)
+        here = [i for i, channel in enumerate(channels) if channel in self._columns]
+        if here:
+            index = torch.tensor([self._columns[channels[i]] for i in here])
+            blocks = self._inverse[index.unsqueeze(2), index.unsqueeze(1)]  # [channels, k, k]
+            weights = self._weight[:, index].permute(1, 2, 0)  # [channels, k, out]
+            result[here] = (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
+        return result
 
     def remove(self, channel: int) -> None:
-        columns = self._columns[channel]
+        columns = self._columns.get(channel)
+        if columns is None:
+            return
         stripe = self._inverse[:, columns]
         solved = torch.linalg.solve(stripe[columns], stripe.T)  # [k, all]
         self._weight -= self._weight[:, columns] @ solved
@@ -134,43 +141,79 @@ class _Elimination:
         self._inverse[columns, columns] = 1
 
 
-def _refittable(layer: Layer) -> bool:
-    columns = layer.in_channels
-    for size in layer.kernel:
-        columns *= size
-    return bool(layer.in_groups) and layer.groups == 1 and layer.in_axis == 1 and columns <= MAX_COLUMNS
+class _Collector(LayerCalls):
+    def __init__(self, model: nn.Module, graph: Graph, wanted: set[str], rows: int) -> None:
+        super().__init__(model, graph)
+        self._rows = rows
+        self._parts = {name: column_parts(graph, graph.layer[name]) for name in wanted}
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def called(self, call: Call) -> None:
+        name = call.layer.name
+        if name not in self._parts:
+            return
+        rows = input_rows(call, sample_positions(call, self._rows)).transpose(0, 1)  # [groups, rows, columns]
+        ones = rows.new_ones(*rows.shape[:2], 1)
+        found = []
+        for part in self._parts[name]:
+            x = torch.cat([rows if len(part) == rows.shape[2] else rows[:, :, list(part)], ones], dim=2)
+            found.append((x.transpose(1, 2) @ x).double())
+        sums = self._sums.setdefault(name, [torch.zeros_like(gram) for gram in found])
+        for total, gram in zip(sums, found, strict=True):
+            total += gram
+
+    def grams(self) -> dict[str, tuple[Gram, ...]]:
+        return {
+            name: tuple(Gram(columns=c, matrix=m) for c, m in zip(self._parts[name], sums, strict=True))
+            for name, sums in self._sums.items()
+        }
 
 
-def _collector(layer: Layer, sums: dict[str, Tensor]):  # type: ignore[no-untyped-def]
-    def collect(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        rows = _rows(module, arguments[0])
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        gram = (rows.T @ rows).double()
-        sums[layer.name] = sums[layer.name] + gram if layer.name in sums else gram
+def column_parts(graph: Graph, layer: Layer) -> list[tuple[int, ...]]:
+    """The columns of a layer's flattened weight in parts of at most MAX_COLUMNS, no channel divided.
 
-    return collect
+    One part with all columns where that is possible; else the channels of each of its groups, in order, as many in a
+    part as fit (a single channel with more columns is a part of its own).
+    """
+    count = _width(graph, layer)
+    if count <= MAX_COLUMNS:
+        return [tuple(range(count))]
+    parts: list[tuple[int, ...]] = []
+    for name in layer.in_groups:
+        each = channel_columns(layer, graph.group[name])
+        size = max(1, MAX_COLUMNS // max(1, max(len(columns) for columns in each)))
+        for start in range(0, len(each), size):
+            parts.append(tuple(sorted({c for columns in each[start : start + size] for c in columns})))
+    return parts
 
 
-def _rows(module: nn.Module, source: Tensor) -> Tensor:
-    """The inputs that each output position sees, one a row [positions, columns]."""
-    if isinstance(module, nn.Conv2d):
-        padding = module.padding
-        if isinstance(padding, str):
-            total = [
-                d * (k - 1) if padding == "same" else 0
-                for d, k in zip(module.dilation, module.kernel_size, strict=True)
-            ]
-            source = functional.pad(
-                source, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
-            )
-            padding = (0, 0)
-        unfolded = functional.unfold(source, module.kernel_size, module.dilation, padding, module.stride)
-        # Evenly spaced positions of every sample say as much as all of them; an odd step doesn't meet the same columns
-        # of the image in every row.
-        step = -(-unfolded.shape[0] * unfolded.shape[2] // _MAX_ROWS) | 1
-        return unfolded[:, :, ::step].transpose(1, 2).reshape(-1, unfolded.shape[1])
-    rows = source.reshape(-1, source.shape[-1])
-    return rows[:: -(-len(rows) // _MAX_ROWS)]
+def channel_columns(layer: Layer, group: ChannelGroup) -> list[list[int]]:
+    """Channel -> its columns in the layer's flattened weight."""
+    size = prod(layer.kernel)
+    result: list[list[int]] = [[] for _ in range(group.size)]
+    for place in group.places:
+        if place.tensor == layer.weight and place.dim == layer.in_axis:
+            for channel, positions in enumerate(place.positions):
+                result[channel] += [position * size + k for position in positions for k in range(size)]
+    return result
+
+
+def _width(graph: Graph, layer: Layer) -> int:
+    return prod(graph.sizes[layer.weight][1:])
+
+
+def _states(matrix: Tensor, layer: Layer, group: ChannelGroup, gram: Gram) -> Iterator[_Elimination]:
+    """One elimination for each convolution group of the layer, over the columns of this part."""
+    where = {column: index for index, column in enumerate(gram.columns)}
+    columns = {
+        channel: [where[c] for c in found if c in where]
+        for channel, found in enumerate(channel_columns(layer, group))
+        if any(c in where for c in found)
+    }
+    if columns:
+        weights = matrix[:, [*gram.columns, -1]].reshape(len(gram.matrix), -1, len(gram.columns) + 1)
+        for weight, damped in zip(weights, gram.damped(), strict=True):
+            yield _Elimination(weight, damped, columns)
 
 
 def _matrix(stored: Mapping[str, Tensor], layer: Layer) -> Tensor:
@@ -180,33 +223,20 @@ def _matrix(stored: Mapping[str, Tensor], layer: Layer) -> Tensor:
     return torch.cat([weight, bias.unsqueeze(1)], dim=1)
 
 
-def _columns(layer: Layer, group: ChannelGroup) -> list[list[int]]:
-    """Channel -> its columns in the layer's unfolded input."""
-    size = 1
-    for k in layer.kernel:
-        size *= k
-    place = next(p for p in group.places if p.tensor == layer.weight and p.dim == layer.in_axis)
-    return [[position * size + k for position in positions for k in range(size)] for positions in place.positions]
+def _within_memory(graph: Graph, names: Sequence[str]) -> Iterator[list[str]]:
+    """The groups in parts whose consumers' matrices take at most MAX_BYTES together (one group at least)."""
+    part: list[str] = []
+    taken = 0
+    for name in names:
+        need = sum(_gram_bytes(graph, graph.layer[consumer]) for consumer in graph.group[name].consumers)
+        if part and taken + need > MAX_BYTES:
+            yield part
+            part, taken = [], 0
+        part.append(name)
+        taken += need
+    if part:
+        yield part
 
 
-def _removed_columns(layer: Layer, group: ChannelGroup, kept: tuple[int, ...]) -> list[int]:
-    stay = set(kept)
-    return [column for c, columns in enumerate(_columns(layer, group)) if c not in stay for column in columns]
-
-
-def _kept_rows(layer: Layer, graph: Graph, plan: Plan) -> list[int]:
-    gone: set[int] = set()
-    for name in layer.out_groups:
-        if name in plan.kept:
-            group, stay = graph.group[name], set(plan.kept[name])
-            place = next(p for p in group.places if p.tensor == layer.weight and p.dim == layer.out_axis)
-            gone |= {row for c, rows in enumerate(place.positions) if c not in stay for row in rows}
-    return [row for row in range(layer.out_channels) if row not in gone]
-
-
-def _refitted(matrix: Tensor, gram: Gram, gone: set[int]) -> tuple[Tensor, Tensor]:
-    """Weight [out, kept columns] and bias [out] that reproduce matrix @ x best from the columns that stay."""
-    full = gram.damped()
-    keep = [column for column in range(len(full)) if column not in gone]
-    solution = torch.linalg.solve(full[keep][:, keep], full[keep] @ matrix.T).T
-    return solution[:, :-1].float(), solution[:, -1].float()
+def _gram_bytes(graph: Graph, layer: Layer) -> int:
+    return 8 * layer.groups * sum((len(part) + 1) ** 2 for part in column_parts(graph, layer))

@@ -21,6 +21,7 @@ from automl_compress.deploy.runtime import OnnxModel
 from automl_compress.deploy.verify import FLOAT_TOLERANCE, agreement, check_quantized, executed_operators, torch_outputs
 from automl_compress.errors import ExportError
 from automl_compress.model.trace import trace
+from automl_compress.techniques.evidence import Evidence
 from automl_compress.techniques.importance import l1
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
 from automl_compress.techniques.quantization.calibrate import activation_tensors, calibrate
@@ -112,7 +113,7 @@ class Case:
         self.model = settled(model)
         self.examples = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)),)
         self.graph: Graph = trace(self.model, self.examples)
-        self.ranking = Ranking(self.model, self.graph, l1)
+        self.ranking = Ranking(Evidence(self.model, self.graph), l1)
         self.template = Template(self.model, self.examples, self.graph)
 
     def pruned(self, plan: Plan) -> tuple[nn.Module, Plan]:

@@ -29,7 +29,7 @@ class Counting(Workbench):
 def bench() -> Counting:
     fresh = Counting(campaigns.ready(), campaigns.graph(), importance="l2")
     fresh.__dict__.update(
-        {k: v for k, v in campaigns.bench().__dict__.items() if k in ("template", "samples", "grams")}
+        {k: v for k, v in campaigns.bench().__dict__.items() if k in ("template", "_train", "students")}
     )
     return fresh
 
