@@ -166,6 +166,7 @@ def _overview_text(found: Mapping[str, Any]) -> str:
     for kind, rules in header["operators"].items():
         told = ", ".join(_operator_text(bits, rule) for bits, rule in rules.items())
         lines.append(f"  {kind:<11} {told}")
+    lines += _roofline_lines(header["roofline"]) if header["roofline"] else []
     lines += [f"  source      {source}" for source in header["sources"]]
     lines += [_correction_text(fit) for fit in found["corrections"]]
     for title, kernels in (("slowest", found["slowest"]), ("not to be trusted", found["untrusted"])):
@@ -175,6 +176,15 @@ def _overview_text(found: Mapping[str, Any]) -> str:
             lines += ["", f"{title}{some}:", table(["us", "spread", "seen", "kernel"], rows)]
     lines += ["", *(f"warning: {line}" for line in found["warnings"])] if found["warnings"] else []
     return "\n".join(lines)
+
+
+def _roofline_lines(roofline: Mapping[str, Any]) -> list[str]:
+    peaks = ", ".join(f"{bits} bits {gops:g} Gop/s" for bits, gops in roofline["peak_gops"].items())
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in roofline["efficiency"].items())
+    return [
+        f"  roofline    {peaks}; {roofline['bandwidth_gbps']:g} GB/s; {roofline['overhead_us']:g} us a kernel",
+        f"  efficiency  {shares or 'all of the peak'}",
+    ]
 
 
 def _operator_text(bits: str | int, rule: Mapping[str, Any]) -> str:

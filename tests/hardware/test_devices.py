@@ -188,6 +188,7 @@ def test_the_commands_print_text_and_json(make: Make, tmp_path: Path, capsys: py
     expected = {
         ("list",): [first.path.stem, "template"],
         ("show", a): ["Imaginary 9000", "kernel_sum_us 1.02", "median 1.0%", "not to be trusted", NOISY.key],
+        ("show", "cortex-m7-400mhz"): ["estimated", "8 bits 0.8 Gop/s", "source", "conv 55%"],
         ("check", a): ["good", "warning", "the one at hand has"],
         ("diff", a, b): ["2 in both", "second / first"],
     }

@@ -163,6 +163,16 @@ def test_what_runs_natively(profile: DeviceProfile) -> None:
     assert profile.integer_operator("linear", 4) == () == profile.integer_operator("conv", 7)
 
 
+@pytest.mark.parametrize(("flags", "alignment"), [(("avx2", "fma"), 8), (("avx2", "avx512f"), 16), (("asimd",), None)])
+def test_the_layouts_block_follows_the_instruction_sets(
+    tmp_path: Path, flags: tuple[str, ...], alignment: int | None
+) -> None:
+    profile = load_profile("local", home=tmp_path, facts=replace(FACTS, flags=flags, memory_bytes=10**9))
+    assert profile.alignment("conv", 32) == alignment
+    assert profile.alignment("conv", 8) is None
+    assert profile.header.device.memory_bytes == 10**9
+
+
 def test_unknown_names_list_what_is_known() -> None:
     with pytest.raises(ProfileError, match=r"'nonsense': name one of .*local"):
         load_profile("nonsense", facts=FACTS)
