@@ -7,6 +7,7 @@ Models are known by their digest and sent once; what the runtime made of them co
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
@@ -51,8 +52,15 @@ class SshChannel(ProcessChannel):
         self._kept: OrderedDict[str, int] = OrderedDict()
         self._doubted = False
         self._fetched_to = Path()
+        if shutil.which("ssh") is None:
+            raise DeviceError(f"{address}: there is no ssh on this machine; install OpenSSH's client")
         super().__init__(settings, command=address.command, folder=address.tmp)
-        if not self.wait_until_ready(START_S):
+        try:
+            ready = self.wait_until_ready(START_S)
+        except BaseException:
+            self.close()
+            raise
+        if not ready:
             raise DeviceError(explain(address, self.last_words(), self.exit_code))
 
     def send(self, request: Mapping[str, Any], payload: bytes | None = None) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from automl_compress.errors import InputError
+from automl_compress.errors import DeviceError, InputError
 from automl_compress.hardware.address import Address, explain, parse_address
 from automl_compress.hardware.channel import BOOTSTRAP
 from automl_compress.hardware.dialogue import LOCAL
@@ -61,6 +61,12 @@ def test_a_link_connects_to_nothing_yet() -> None:
     link = link_to("ssh://no-such-host.invalid:2222?python=python3.12")
     assert (link.name, link.host) == ("ssh://no-such-host.invalid:2222", "no-such-host-invalid-2222")
     assert link.reconnects > 0
+
+
+def test_without_ssh_the_way_out_is_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DeviceError, match="install OpenSSH's client"):
+        link_to("ssh://board").facts()
 
 
 def test_ssh_never_asks_and_never_waits_for_ever() -> None:
