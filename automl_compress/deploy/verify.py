@@ -108,18 +108,22 @@ def check_float(model: onnx.ModelProto | Path, reference: nn.Module, inputs: Seq
     return deviation
 
 
-def check_quantized(model: onnx.ModelProto | Path, inputs: Sequence[np.ndarray]) -> float:
+def check_quantized(
+    model: onnx.ModelProto | Path, inputs: Sequence[np.ndarray], found: Sequence[np.ndarray] | None = None
+) -> float:
     """Deviation of the integer kernels from the same graph computed in floating point, node by node as written.
+
+    `found` is what the device computes for the inputs (default: what this machine does).
 
     Both round to the same 8-bit steps, so only rounding ties and sums of them may differ: a kernel that saturates or
     applies another scale shows here. Raises ExportError above INTEGER_TOLERANCE.
     """
     arrays = tuple(inputs)
-    deviation = agreement(OnnxModel(model)(arrays), OnnxModel(model, optimize=False)(arrays))
+    deviation = agreement(found or OnnxModel(model)(arrays), OnnxModel(model, optimize=False)(arrays))
     if not deviation <= INTEGER_TOLERANCE:
         raise ExportError(
             f"the runtime's integer kernels differ from the quantized model by {deviation:.2g} of the outputs' scale; "
-            f"at most {INTEGER_TOLERANCE} is accepted: keep the layers in 32 bits on this machine"
+            f"at most {INTEGER_TOLERANCE} is accepted: keep the layers in 32 bits on this device"
         )
     return deviation
 
@@ -151,8 +155,9 @@ def executed_operators(
     layers: Iterable[str],
     bits: Mapping[str, int],
     executions: Executions = DEFAULT_EXECUTIONS,
+    optimized: onnx.GraphProto | None = None,
 ) -> tuple[ExecutedLayer, ...]:
-    """What ONNX Runtime executes for each layer, read from its optimized graph.
+    """What ONNX Runtime executes for each layer, read from its optimized graph (default: the one it makes here).
 
     Layers without a node (those of removed blocks) are left out. A layer that was asked to run in integers is `ok` only
     as an integer kernel, one of which only the weights are to be in integers only as MatMulNBits, and one that is to
@@ -160,7 +165,7 @@ def executed_operators(
     """
     source = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
     lowered: dict[str, str] = {}
-    for node in _optimized(model).graph.node:
+    for node in (optimized or _optimized(model).graph).node:
         if node.op_type in INTEGER_OPERATORS | WEIGHT_ONLY_OPERATORS:
             lowered[_ADDED_SUFFIX.sub("", node.name)] = node.op_type
             lowered.update({match[1]: node.op_type for name in node.input if (match := _WEIGHT.match(name))})

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import helper
 
@@ -35,7 +36,8 @@ class Device:
     link        how it is reached (default: this machine)
     launch      starts the measuring process in the link's stead
     notice      gets what the person who waits should know, e.g. that another process holds the device
-    requests    counts what was asked: "compare", "trace", "memory", "lower" (a trace whose times aren't kept), "facts"
+    requests    counts what was asked: "compare", "trace", "memory", "lower" (a trace whose times aren't kept),
+                "optimize", "run", "facts"
     conditions  under which the latest measurement was made, see `hardware/conditions.py`
 
     Every method raises DeviceError, in one line, when the process dies, hangs, lacks the runtime, or the runtime
@@ -156,7 +158,7 @@ class Device:
         }
         answer = self._ask(what, request, "kernels", "inputs")
         try:
-            graph = onnx.load(optimized).graph
+            graph = onnx.load(optimized, load_external_data=False).graph
         except Exception as error:  # onnx raises whatever its parser raises
             raise DeviceError(f"{model}: the runtime's optimized graph can't be read ({error})") from error
         return read_trace(answer, graph, bursts=rounds, discard=self.profile.header.protocol.discard)
@@ -164,6 +166,21 @@ class Device:
     def _peak(self, model: Path) -> int:
         answer = self._ask("memory", {"do": "memory", "model": str(Path(model).absolute())}, "peak_bytes")
         return int(answer["peak_bytes"])
+
+    def optimized(self, model: Path) -> onnx.GraphProto:
+        """The graph that the device's runtime makes of a model; large weights with their shapes, not their values."""
+        path = self.folder / "optimized.onnx"
+        self._ask("optimize", {"do": "optimize", "model": str(Path(model).absolute()), "optimized": str(path)})
+        return onnx.load(path, load_external_data=False).graph
+
+    def outputs(self, model: Path, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """What the device's runtime computes for `inputs`, in the graph's order, batch first."""
+        given, found = self.folder / "inputs.npz", self.folder / "outputs.npz"
+        np.savez(given, *inputs)
+        paths = {"model": str(Path(model).absolute()), "inputs": str(given), "outputs": str(found)}
+        self._ask("run", {"do": "run", **paths})
+        with np.load(found, allow_pickle=False) as arrays:
+            return tuple(arrays[f"arr_{i}"] for i in range(len(arrays.files)))
 
     def _ask(self, what: str, request: Mapping[str, Any], *fields: str) -> dict[str, Any]:
         self.requests[what] += 1

@@ -8,6 +8,8 @@ that the other side can tell slow from dead). It ends when stdin closes, even in
     {"do": "trace", "model": path, "runs": 40, "seconds": 3.0, "optimized": path}
                                                                      -> {"kernels": [...], "inputs": {name: type}}
     {"do": "memory", "model": path}                                  -> {"peak_bytes": n}, from a fresh process
+    {"do": "optimize", "model": path, "optimized": path}             -> {}
+    {"do": "run", "model": path, "inputs": path, "outputs": path}    -> {}
 
 A burst is a number of consecutive runs of one model whose first part is discarded; models take turns burst by burst, so
 that a drift of the machine hits all of them alike and each runs with the caches of its own burst.
@@ -77,6 +79,11 @@ def open_session(path: str, settings: Settings, **options: Any) -> Any:
     so.log_severity_level = 4
     for name, value in options.items():
         setattr(so, name, value)
+    if "optimized_model_filepath" in options:
+        # Weights go to a file of their own, which nobody reads: what is asked for is the graph.
+        prefix = "session.optimized_model_external_initializers"
+        so.add_session_config_entry(f"{prefix}_file_name", "weights.bin")
+        so.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
     chosen = (settings["provider"], dict(settings.get("provider_options") or {}))
     return ort.InferenceSession(path, so, providers=[chosen])
 
@@ -224,6 +231,23 @@ def facts(_: dict[str, Any], settings: Settings, __: Say) -> dict[str, Any]:
     }
 
 
+def optimize(request: dict[str, Any], settings: Settings, _: Say) -> dict[str, Any]:
+    """The graph that the runtime makes of a model, written to `optimized`."""
+    open_session(request["model"], settings, optimized_model_filepath=request["optimized"])
+    return {}
+
+
+def run(request: dict[str, Any], settings: Settings, _: Say) -> dict[str, Any]:
+    """The model's outputs for what is in the file `inputs`, written to the file `outputs`; in the graph's order."""
+    import numpy as np
+
+    session = open_session(request["model"], settings)
+    with np.load(request["inputs"], allow_pickle=False) as given:
+        values = {item.name: given[f"arr_{i}"] for i, item in enumerate(session.get_inputs())}
+    np.savez(request["outputs"], *session.run(None, values))
+    return {}
+
+
 def _runner(session: Any) -> Callable[[], Any]:
     inputs = random_inputs(session)
     return lambda: session.run(None, inputs)
@@ -233,7 +257,7 @@ def _type_text(shape: dict[str, list[int]]) -> str:
     return ";".join(f"{kind}[{','.join(map(str, dims))}]" for kind, dims in shape.items())
 
 
-ACTIONS = {"facts": facts, "compare": compare, "trace": trace, "memory": memory}
+ACTIONS = {"facts": facts, "compare": compare, "trace": trace, "memory": memory, "optimize": optimize, "run": run}
 MEASURING = {"compare", "trace", "memory"}
 
 

@@ -23,8 +23,9 @@ RECONNECTS = 2
 START_S = 90.0
 # How much of the models stays there for the next request.
 KEPT_BYTES = 256 * 1024 * 1024
-# The fields of a request that name a file to read, beside `models`.
-READ = {"model", "reference"}
+# The fields of a request that name a file to read (beside `models`), and those that name one to write.
+READ = ("model", "reference", "inputs")
+WRITTEN = ("optimized", "outputs")
 
 
 def link_to(device: str) -> Link:
@@ -66,13 +67,15 @@ class SshChannel(ProcessChannel):
     def send(self, request: Mapping[str, Any], payload: bytes | None = None) -> None:
         request = dict(request)
         models: dict[str, bytes] = {}
-        for name in READ & request.keys():
-            request[name] = self._shipped(request[name], models)
+        for name in READ:
+            if name in request:
+                request[name] = self._shipped(request[name], models)
         if "models" in request:
             request["models"] = {name: self._shipped(path, models) for name, path in request["models"].items()}
-        if "optimized" in request:
-            self._fetched_to = Path(request["optimized"])
-            request["optimized"] = request["fetch"] = f"{self.folder}/optimized.onnx"
+        for name in WRITTEN:
+            if name in request:
+                self._fetched_to = Path(request[name])
+                request[name] = request["fetch"] = f"{self.folder}/{self._fetched_to.name}"
         self._make_room(models)
         for path, content in models.items():
             if path not in self._kept:
@@ -100,7 +103,7 @@ class SshChannel(ProcessChannel):
             content = Path(path).read_bytes()
         except OSError as error:
             raise DeviceError(f"{path}: can't be read ({error.strerror})") from error
-        there = f"{self.folder}/{hashlib.sha256(content).hexdigest()[:32]}.onnx"
+        there = f"{self.folder}/{hashlib.sha256(content).hexdigest()[:32]}{Path(path).suffix}"
         models[there] = content
         return there
 

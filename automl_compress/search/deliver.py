@@ -66,8 +66,10 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     check_float(bench.template.fill(trained, candidate.plan), trained, inputs)
     bits = {layer: b for layer, b in candidate.plan.bits.items() if b != FULL_BITS}
     if bits:
-        check_quantized(model, tuple(part.numpy() for part in inputs))
-    executed = executed_operators(model, [layer.name for layer in bench.graph.layers], bits, bench.executions)
+        arrays = tuple(part.numpy() for part in inputs)
+        check_quantized(model, arrays, device.outputs(candidate.onnx, arrays))
+    names = [layer.name for layer in bench.graph.layers]
+    executed = executed_operators(model, names, bits, bench.executions, device.optimized(candidate.onnx))
     paths: dict[str, Path] = {"original": campaign.folder.path / "original.onnx", "delivered": candidate.onnx}
     paths |= {name: baseline.onnx for name, baseline in baselines.items()}
     timings = device.compare(paths)

@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from automl_compress.deploy.runtime import OnnxModel
 from automl_compress.errors import DeviceError
 from automl_compress.hardware import remote
 from automl_compress.hardware.channel import ProcessChannel
@@ -75,6 +77,16 @@ def test_what_is_executed_there_is_what_is_executed_here(link: Link, profile: De
     with Device(profile, link=link) as there, Device(profile) as here:
         for model in VARIANTS:
             assert there.lowered(model) == here.lowered(model)
+            with here.saved(model) as path:
+                assert there.optimized(path) == here.optimized(path)
+
+
+def test_what_is_computed_there_comes_back(link: Link, profile: DeviceProfile) -> None:
+    inputs = (np.linspace(-1, 1, 32, dtype=np.float32).reshape(4, 8),)
+    with Device(profile, link=link) as device, device.saved(chain(8, 16, 4)) as path:
+        (found,) = device.outputs(path, inputs)
+        (expected,) = OnnxModel(path)(inputs)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_lost_connection_is_made_anew(server: Server, link: Link, profile: DeviceProfile) -> None:

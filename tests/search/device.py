@@ -51,6 +51,12 @@ class TimelessRuntime:
             kernel["us"] = [node_us(kernel)] * request["runs"]
         return found
 
+    def optimize(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return probe.optimize(dict(request), self._settings, lambda _: None)
+
+    def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return probe.run(dict(request), self._settings, lambda _: None)
+
     def compare(self, request: Mapping[str, Any]) -> dict[str, Any]:
         bursts = {name: [self._model_us(path)] * request["bursts"] for name, path in request["models"].items()}
         return {"bursts_us": bursts, "runs": dict.fromkeys(bursts, 30)}
