@@ -85,7 +85,7 @@ def path_of(name: str, *, home: Path | None = None) -> Path:
     Raises ProfileError where there is none.
     """
     path = measured_folder(home) / f"{name}.yaml"
-    return path if path.is_file() else locate(name)[0]
+    return path if path.is_file() else locate(name, home)[0]
 
 
 def find(name: str, *, home: Path | None = None, facts: HostFacts | None = None) -> DeviceProfile:

@@ -19,6 +19,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def unwritable(path: Path, error: OSError) -> CompressError:
     """What to raise for a file that can't be written."""
+    if error.errno == errno.ENOENT:
+        return ProfileError(f"{path}: can't be written, there is no folder {path.parent}; make it, or name another")
     if error.errno in _FULL:
         kept = "what was measured before is kept; free some space and run the same again"
         return CompressError(f"{path}: can't be written ({error.strerror}); {kept}")
@@ -37,6 +39,8 @@ def read_bytes(path: Path, offset: int = 0) -> bytes:
 
 def decode(data: bytes, path: Path) -> str:
     """Bytes as text, of which the last line may be cut off in the middle of a character. Raises ProfileError."""
+    if b"\r\n" in data:
+        raise ProfileError(f"{path}: its lines end in CR LF; save it with LF alone, which is what the program appends")
     complete, newline, rest = data.rpartition(b"\n")
     try:
         return (complete + newline).decode() + rest.decode(errors="replace")

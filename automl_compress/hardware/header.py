@@ -169,6 +169,8 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # A key that isn't a text is refused by whoever reads the mapping.
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -180,6 +182,12 @@ def parse_yaml(text: str, where: str) -> Any:
     """What a header's text says. Raises ProfileError for what isn't YAML and for a key that is given twice."""
     try:
         return _UniqueKeys(text).get_single_data()
+    except RecursionError as error:
+        raise ProfileError(
+            f"{where}: not YAML that can be read: nested too deeply; mend it or delete the file"
+        ) from error
+    except (ValueError, TypeError) as error:  # dates, numbers and keys that PyYAML can't make
+        raise ProfileError(f"{where}: not YAML that can be read: {error}; mend it or delete the file") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}" if mark else ""

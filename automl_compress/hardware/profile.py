@@ -263,7 +263,7 @@ def load_profile(
     written.
     """
     facts = facts or host_facts()
-    source, shipped = locate(name_or_path)
+    source, shipped = locate(name_or_path, home)
     head = decode(read_bytes(source), source).partition("\n" + MARK + "\n")[0]
     header = read_header(head, str(source))
     if header.is_template:
@@ -282,16 +282,21 @@ def load_profile(
     return profile
 
 
-def locate(name_or_path: str) -> tuple[Path, bool]:
-    """The file of a shipped profile's name or of a path, and whether it is shipped. Raises ProfileError for neither."""
+def locate(name_or_path: str, home: Path | None = None) -> tuple[Path, bool]:
+    """The file of a name or of a path, and whether it is shipped with the program.
+
+    A name is a shipped profile's, or that of a file that was measured on this machine. Raises ProfileError for neither.
+    """
     found = data_files.find("hardware_profiles", name_or_path)
     if found is not None:
         return found, True
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path, False
+    for path in (Path(name_or_path).expanduser(), measured_folder(home) / f"{name_or_path}.yaml"):
+        if path.is_file():
+            return path, False
     known = ", ".join(data_files.names("hardware_profiles")) or "none (the program's data files are missing)"
-    raise ProfileError(f"no device profile {name_or_path!r}: name one of {known}, or the path of a profile file")
+    raise ProfileError(
+        f"no device profile {name_or_path!r}: name one of {known}, one that 'devices list' shows, or a profile file"
+    )
 
 
 def _told(value: object) -> str:

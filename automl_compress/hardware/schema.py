@@ -18,8 +18,8 @@ from automl_compress.errors import ProfileError
 from automl_compress.hardware.header import short
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
-Count = Annotated[int, Field(strict=True, gt=0)]
-Whole = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, gt=0, le=10**9)]
+Whole = Annotated[int, Field(strict=True, ge=0, le=10**18)]
 Real = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 NotNegative = Annotated[float, Field(strict=True, ge=0)]

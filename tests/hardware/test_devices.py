@@ -74,6 +74,7 @@ def test_a_template_means_what_was_measured_for_it_here(make: Make, tmp_path: Pa
     profile = make("home", SHARED)
     for name in ("local", profile.path.stem, str(profile.path)):
         assert find(name, home=tmp_path / "home", facts=FACTS).kernels == profile.kernels
+        assert load_profile(name, home=tmp_path / "home", facts=FACTS).path == profile.path
     with pytest.raises(ProfileError, match="'nonsense'"):
         find("nonsense", home=tmp_path / "home", facts=FACTS)
 
