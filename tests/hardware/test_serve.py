@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,24 @@ JSON = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lis
 
 @given(st.lists(st.tuples(JSON, st.none() | st.binary()), max_size=4))
 def test_messages_arrive_as_they_were_sent(sent: list[tuple[dict[str, Any], bytes | None]]) -> None:
-    sent = [({k: v for k, v in message.items() if k != "bytes"}, payload) for message, payload in sent]
+    sent = [
+        ({k: v for k, v in message.items() if k not in ("bytes", "deflated")}, payload) for message, payload in sent
+    ]
     stream = io.BytesIO()
     for message, payload in sent:
         write_message(stream, message, payload)
     stream.seek(0)
     assert [read_message(stream) for _ in sent] == sent
     assert read_message(stream) is None
+
+
+def test_only_what_shrinks_is_deflated() -> None:
+    for payload, smaller in ((b"weights " * 1000, True), (random.Random(0).randbytes(8000), False)):
+        stream = io.BytesIO()
+        write_message(stream, {}, payload)
+        assert (len(stream.getvalue()) < len(payload)) is smaller
+        stream.seek(0)
+        assert read_message(stream) == ({}, payload)
 
 
 @given(st.binary(min_size=1), st.integers(min_value=1))
@@ -39,7 +51,7 @@ def test_a_message_that_was_cut_off_is_none(payload: bytes, missing: int) -> Non
 
 
 def test_what_is_no_message_is_refused() -> None:
-    for line in (b"Welcome!\n", b"[1]\n", b'{"bytes": 3}\nabc'):
+    for line in (b"Welcome!\n", b"[1]\n", b'{"bytes": 3, "deflated": true}\nabc'):
         with pytest.raises(ValueError, match=r"Expecting|expected|unpacked"):
             read_message(io.BytesIO(line))
 
