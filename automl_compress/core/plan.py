@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from automl_compress.core.graph import Graph
+from automl_compress.core.masks import NO_MASK, mask_problem, parse_mask
 from automl_compress.errors import PlanError
 
 SCHEMA = "automl-compress/plan"
@@ -18,12 +19,13 @@ FULL_BITS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Student width, sparsity per channel group, removed blocks and bit-width per layer.
+    """Student width, sparsity per channel group, removed blocks, bit-width and mask per layer.
 
     width     fraction of every prunable group's channels that the student keeps (1 keeps all)
     sparsity  group name -> fraction of the student's channels removed on top; absent means 0
     drop      names of removed blocks
     bits      layer name -> bit-width; absent means 32 (floating point)
+    masks     layer name -> mask, as in `core.masks`; absent means none. Which weights it took is in the weights' file
     kept      group name -> indices of the original's channels that stay, ascending; empty until channels were selected.
               A plan with `kept` replays to the same structure without looking at weights.
     """
@@ -32,6 +34,7 @@ class Plan:
     sparsity: Mapping[str, float] = field(default_factory=dict)
     drop: frozenset[str] = frozenset()
     bits: Mapping[str, int] = field(default_factory=dict)
+    masks: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -40,6 +43,9 @@ class Plan:
         for name, value in self.sparsity.items():
             if not 0 <= value < 1:
                 raise PlanError(f"plan: sparsity of {name} must be in [0, 1), found {value}")
+        for text in self.masks.values():
+            if text != NO_MASK:
+                parse_mask(text)
 
     def kept_count(self, group: str, size: int) -> int:
         """How many of a group's `size` channels stay; at least one."""
@@ -74,12 +80,14 @@ class Plan:
         return hashlib.sha256(json.dumps(self._choices(), sort_keys=True).encode()).hexdigest()[:16]
 
     def _choices(self) -> dict[str, Any]:
-        return {
+        masks = {k: v for k, v in sorted(self.masks.items()) if v != NO_MASK}
+        choices = {
             "width": self.width,
             "sparsity": {k: v for k, v in sorted(self.sparsity.items()) if v},
             "drop": sorted(self.drop),
             "bits": {k: v for k, v in sorted(self.bits.items()) if v != FULL_BITS},
         }
+        return {**choices, "masks": masks} if masks else choices
 
     def to_json(self, graph: Graph | None = None) -> dict[str, Any]:
         """A JSON object with a schema and version; with `graph`, the structure that it belongs to."""
@@ -108,6 +116,7 @@ class Plan:
                 sparsity={str(k): float(v) for k, v in data["sparsity"].items()},
                 drop=frozenset(str(b) for b in data["drop"]),
                 bits={str(k): int(v) for k, v in data["bits"].items()},
+                masks={str(k): str(v) for k, v in data.get("masks", {}).items()},
                 kept={str(k): tuple(int(i) for i in v) for k, v in data["kept"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -122,10 +131,15 @@ class Plan:
             ({*self.sparsity, *self.kept}, graph.group, "channel group"),
             (self.drop, graph.block, "block"),
             (self.bits, graph.layer, "layer"),
+            (self.masks, graph.layer, "layer"),
         ):
             for name in names:
                 if name not in known:
                     raise PlanError(f"plan: the model has no {what} {name!r}")
+        for name, text in self.masks.items():
+            problem = mask_problem(text, graph.layer[name])
+            if problem is not None:
+                raise PlanError(f"plan: {problem}")
         for name, kept in self.kept.items():
             size = graph.group[name].size
             if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= size:

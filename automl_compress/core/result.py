@@ -37,6 +37,7 @@ class Figures:
     """One model as measured: validation metric, latency of one sample, file size, peak memory of a fresh process.
 
     `provenance` is that of latency and memory: "measured" unless the device isn't here; metric and size always are.
+    `compressed_bytes` is the file's size after compression (deflate), where masks make that worth knowing.
     `latency_ratio` is to the original, measured beside it in alternating bursts of the same run.
     """
 
@@ -49,6 +50,7 @@ class Figures:
     latency_spread: float = 0.0
     predicted_latency_us: float | None = None
     test_metric: float | None = None
+    compressed_bytes: int | None = None
     plan: Plan | None = None
     note: str = ""
 

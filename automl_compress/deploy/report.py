@@ -40,8 +40,8 @@ class LayerRow(TypedDict, total=False):
     """One layer of the original and what became of it: the entries of `Result.layers`.
 
     `kept_in` / `kept_out` are the channels that remain, `bits` what the plan asks for, `asked` the same in words,
-    `runs` the operator that the runtime was seen to execute, `why` the reason in words. A layer of a removed block has
-    `removed` set.
+    `mask` the mask that it has, `zeros` the fraction of its weights that are zero, `runs` the operator that the runtime
+    was seen to execute, `why` the reason in words. A layer of a removed block has `removed` set.
     """
 
     name: str
@@ -52,6 +52,8 @@ class LayerRow(TypedDict, total=False):
     kept_out: int
     bits: int
     asked: str
+    mask: str
+    zeros: float
     runs: str
     macs: int
     kept_macs: int
@@ -96,6 +98,7 @@ def render(
         verdicts=[_verdict_row(verdict) for verdict in verdicts(data)],
         models=[_model_row(name, figures) for name, figures in models(data)],
         layers=[_layer_row(layer) for layer in result.layers],
+        masked=any("mask" in layer for layer in result.layers),
         dropped=sorted(plan.drop) if plan else [],
         choices=_choices(plan),
         estimated=estimated(data),
@@ -235,6 +238,7 @@ def _layer_row(layer: Mapping[str, Any]) -> dict[str, Any]:
         "inputs": MISSING if removed else _change(layer, "in_channels", "kept_in"),
         "outputs": MISSING if removed else _change(layer, "out_channels", "kept_out"),
         "asked": MISSING if removed else layer.get("asked") or f"{layer['bits']} bits" if "bits" in layer else MISSING,
+        "mask": f"{layer['mask']} ({layer['zeros']:.1%} zero)" if "mask" in layer else MISSING,
         "runs": "removed" if removed else layer.get("runs") or MISSING,
         "macs": _change(layer, "macs", "kept_macs"),
         "why": layer.get("why", ""),
@@ -260,6 +264,7 @@ def _choices(plan: Plan | None) -> list[tuple[str, str]]:
         ("student width", f"{plan.width:g} of the original's channels"),
         ("channel groups pruned further", str(pruned)),
         ("blocks removed", str(len(plan.drop))),
+        *([("layers masked", str(len(plan.masks)))] if plan.masks else []),
         *((f"layers asked to run in {bits} bits", str(list(plan.bits.values()).count(bits))) for bits in low),
     ]
 

@@ -13,8 +13,11 @@ from automl_compress.search.campaign import Campaign
 from automl_compress.search.dominated import is_about_bits
 
 
-def layer_rows(campaign: Campaign, plan: Plan, executed: tuple[ExecutedLayer, ...]) -> tuple[Mapping[str, Any], ...]:
-    """One row a layer of the original: what was done to it, what runs, and why."""
+def layer_rows(
+    campaign: Campaign, plan: Plan, executed: tuple[ExecutedLayer, ...], zeros: Mapping[str, float]
+) -> tuple[Mapping[str, Any], ...]:
+    """One row a layer of the original: what was done to it, what runs, and why. `zeros`: layer name -> fraction of its
+    weights that are zero in the delivered model."""
     graph, table = campaign.bench.graph, campaign.table
     widths, runs = plan.widths(graph), {layer.layer: layer for layer in executed}
     frozen = {entry.layer: entry.reason for entry in graph.frozen}
@@ -40,6 +43,8 @@ def layer_rows(campaign: Campaign, plan: Plan, executed: tuple[ExecutedLayer, ..
         inputs, outputs = widths[layer.name]
         share = (outputs / layer.out_channels) * (1 if layer.in_axis == layer.out_axis else inputs / layer.in_channels)
         row |= {"kept_in": inputs, "kept_out": outputs, "kept_macs": round(layer.macs * share)}
+        if layer.name in plan.masks:
+            row |= {"mask": plan.masks[layer.name], "zeros": zeros[layer.name]}
         if layer.name in runs:
             row |= {"asked": runs[layer.name].asked, "runs": runs[layer.name].operator}
         rows.append({**row, "why": "; ".join(_reasons(campaign, plan, layer.name, frozen, runs))})
@@ -82,6 +87,9 @@ def _reasons(
         )
     else:
         reasons += [n.partition(": ")[2] for n in campaign.space.notes if is_about_bits(n, name)]
+    if name in plan.masks:
+        loss = quality.get((f"mask.{name}", plan.masks[name]))
+        reasons.append(f"mask {plan.masks[name]}" + (f": estimated loss {loss:.3g}" if loss is not None else ""))
     if name in runs and not runs[name].ok:
         reasons.append(runs[name].reason)
     return reasons

@@ -87,13 +87,14 @@ def options_in_force(space: SearchSpace, plan: Plan) -> tuple[QualityKey, ...]:
     A group's option is the one that keeps the number of channels nearest to the plan's, so plans of any student width
     compare. The width itself counts only where some group has no sparsity that could express it.
     """
-    drop, kept, bits = space.identity(plan)
+    drop, kept, bits, masks = space.identity(plan)
     keys: list[QualityKey] = [(f"drop.{block}", True) for block in drop]
     for group, count in kept:
         options = space.options(f"sparsity.{group}")
         if options:
             keys.append((f"sparsity.{group}", _nearest(options, space.graph.group[group].size, count)))
     keys += [(f"bits.{layer}", b) for layer, b in bits if space.options(f"bits.{layer}")]
+    keys += [(f"mask.{layer}", mask) for layer, mask in masks if space.options(f"mask.{layer}")]
     if plan.width != 1 and not _sparsity_everywhere(space):
         keys.append(("width", plan.width))
     return tuple(keys)
@@ -330,7 +331,9 @@ class Decoder:
 
     def _cut(self, plan: Plan) -> list[int] | None:
         """The columns that are 1 in that plan alone; None if this program can't produce it anyway."""
-        drop, kept, bits = self.space.identity(plan)
+        drop, kept, bits, masks = self.space.identity(plan)
+        if any(f"mask.{layer}" in self.space.decision for layer, _ in masks):
+            return None  # masks save nothing that this program counts, so it only takes those that are fixed
         wanted: list[Column] = [("drop", b, 1) for b in drop]
         wanted += [("kept", g, k) for g, k in kept] + [("bits", layer, b) for layer, b in bits]
         return [self._columns[c] for c in wanted] if all(c in self._columns for c in wanted) else None

@@ -18,6 +18,7 @@ from automl_compress.hardware.timer import ratio
 from automl_compress.search.account import layer_rows
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.ladder import Candidate
+from automl_compress.techniques.sparsify import compressed_bytes, masks_in_force, zero_shares
 
 _NOT_MEASURED = (
     "latency and memory were estimated from the profile, not measured on the device; what runs each layer, and that "
@@ -76,6 +77,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     metrics = {"delivered": candidate.metric, **{name: b.metric for name, b in baselines.items()}}
     metrics["original"] = campaign.original_metric()
     plans = {"delivered": candidate.plan, **{name: b.plan for name, b in baselines.items()}}
+    masked = bool(masks_in_force(bench.graph, candidate.plan))
     figures = {
         name: Figures(
             metric=metrics[name],
@@ -86,6 +88,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
             size_bytes=path.stat().st_size,
             memory_bytes=device.memory_bytes(path),
             predicted_latency_us=campaign.predict(_choices(plans[name])).latency_us if name in plans else None,
+            compressed_bytes=compressed_bytes(path.read_bytes()) if masked else None,
             plan=plans.get(name),
         )
         for name, path in paths.items()
@@ -95,6 +98,9 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     delivered = replace(delivered, latency_us=max(delivered.latency_us, delivered.latency_ratio * original.latency_us))
     notes = [f"{layer.layer}: {layer.reason}" for layer in executed if not layer.ok]
     notes += _about_device(device, delivered)
+    zeros = zero_shares(trained, bench.graph)
+    if masked:
+        notes.append(_about_masks(original, delivered))
     notes += [
         f"{name}: the timings spread by {t.spread:.0%}; close other programs and measure again"
         for name, t in timings.items()
@@ -105,7 +111,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
         delivered=delivered,
         baselines=figures,
         budget=Budget.resolve(campaign.limits, _cost(original)),
-        layers=layer_rows(campaign, candidate.plan, executed),
+        layers=layer_rows(campaign, candidate.plan, executed, zeros),
         notes=tuple(notes),
     )
 
@@ -122,6 +128,17 @@ def _about_device(device: Device, delivered: Figures) -> list[str]:
         if there is not None and needed > there
     ]
     return over if device.measures else [_NOT_MEASURED, *over]
+
+
+def _about_masks(original: Figures, delivered: Figures) -> str:
+    """What masks save, as measured: nothing of the file as it is, nothing of the latency in dense kernels."""
+    assert original.compressed_bytes is not None
+    assert delivered.compressed_bytes is not None
+    return (
+        f"masks: compressed (deflate), the delivered file takes {format_bytes(delivered.compressed_bytes)} and the "
+        f"original's {format_bytes(original.compressed_bytes)}; as it is, the file holds the zeros "
+        f"({format_bytes(delivered.size_bytes)}), and the runtime's dense kernels get no faster by them"
+    )
 
 
 def _choices(plan: Plan) -> Plan:

@@ -22,6 +22,7 @@ from automl_compress.search.evaluate import Ranges, Workbench
 from automl_compress.techniques.distill import Schedule, Step, distill
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
+from automl_compress.techniques.sparsify import held_masks
 
 SHORT_SHARE = 1 / 6
 SURVIVORS = 4
@@ -101,7 +102,13 @@ class Recovery:
         losses: tuple[float, ...] = ()
         if schedule.epochs > 0:
             log = distill(
-                model, self._bench.teacher, self._bench.task, schedule, seed=self._bench.seed, on_step=on_step
+                model,
+                self._bench.teacher,
+                self._bench.task,
+                schedule,
+                seed=self._bench.seed,
+                masks=held_masks(model, self._bench.graph, full),
+                on_step=on_step,
             )
             losses, seconds = log.losses, log.seconds
             new_ranges = self._bench.ranges(model, full)

@@ -72,14 +72,15 @@ def computed_bits(kind: str, bits: int, executions: Executions) -> int:
 
 
 def random_plan(space: SearchSpace, rng: np.random.Generator, *, drop_share: float) -> Plan:
-    """Each decision drawn evenly from its options at full student width; blocks are removed with a probability."""
+    """Each decision drawn evenly from its options at full student width; blocks are removed with a probability,
+    and nothing is masked, which changes no kernel."""
     params: dict[str, Any] = dict(space.neutral())
     for decision in space.decisions:
         if decision.kind == "drop":
             params[decision.name] = (
                 bool(rng.random() < drop_share) if True in decision.options else params[decision.name]
             )
-        elif decision.kind != "width":
+        elif decision.kind not in ("width", "mask"):
             params[decision.name] = decision.options[int(rng.integers(len(decision.options)))]
     return space.plan(params)
 

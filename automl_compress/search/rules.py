@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from automl_compress import data_files
 from automl_compress.core.graph import Graph
-from automl_compress.errors import SpaceError
+from automl_compress.core.masks import NO_MASK, parse_mask
+from automl_compress.errors import PlanError, SpaceError
 
 TargetKind = Literal["channel-group", "block", "layer"]
 Operator = Literal["conv", "linear"]
 Importance = Literal["l1", "l2", "batch-norm", "taylor", "fisher", "obs", "random"]
-_GIVES = {"channel-group": "sparsity", "block": "drop", "layer": "bits"}
+_GIVES = {"channel-group": ("sparsity",), "block": ("drop",), "layer": ("bits", "mask")}
+_SEXAGESIMAL = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,23 @@ class _Strict(BaseModel):
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Width = Annotated[float, Field(gt=0, le=1)]
 Bits = Annotated[int, Field(ge=1, le=32)]
+
+
+def _mask(value: object) -> object:
+    """A mask as text. YAML reads an unquoted 2:4 as a number of minutes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= _SEXAGESIMAL:
+        kept, of = divmod(value, _SEXAGESIMAL)
+        raise ValueError(f"write '{kept}:{of}' in quotes: YAML reads it as the number {value}")
+    text = f"{value:g}" if isinstance(value, float) else value
+    if isinstance(text, str) and text != NO_MASK:
+        try:
+            parse_mask(text)
+        except PlanError as error:
+            raise ValueError(str(error)) from error
+    return text
+
+
+MaskText = Annotated[str, BeforeValidator(_mask)]
 
 
 class Match(_Strict):
@@ -75,15 +94,22 @@ class Rule(_Strict):
     sparsity: list[Sparsity] | Sparsity | None = None
     drop: bool | Literal["always"] | None = None
     bits: list[Bits] | Bits | None = None
+    mask: list[MaskText] | MaskText | None = None
     optional: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Rule:
         gives = _GIVES[self.match.kind]
-        found = [name for name in _GIVES.values() if getattr(self, name) is not None]
-        if found != [gives]:
-            raise ValueError(f"a rule for a {self.match.kind} gives {gives!r} only, found {found or 'nothing'}")
+        found = [name for names in _GIVES.values() for name in names if getattr(self, name) is not None]
+        if not found or not set(found) <= set(gives):
+            wanted = " or ".join(repr(name) for name in gives)
+            raise ValueError(f"a rule for a {self.match.kind} gives {wanted} only, found {found or 'nothing'}")
         return self
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """What the rule decides about: 'sparsity', 'drop', 'bits', 'mask'."""
+        return tuple(name for name in _GIVES[self.match.kind] if getattr(self, name) is not None)
 
     def matches(self, target: Target) -> bool:
         match = self.match

@@ -214,7 +214,7 @@ class BudgetSampler(BaseSampler):
         removed = {layer.name for layer in self._graph.layers if dropped.intersection(layer.blocks)}
         result = dict(quality)
         for decision in self._space.decisions:
-            gone = decision.kind == "bits" and decision.target in removed
+            gone = decision.kind in ("bits", "mask") and decision.target in removed
             for option in decision.options:
                 key = (decision.name, option)
                 distance = 0.0 if option == child[decision.name] and not gone else far

@@ -13,8 +13,9 @@ from pathlib import Path
 from automl_compress.core.plan import Plan
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.space import Decision, SearchSpace
+from automl_compress.search.table import Option, QualityKey
 
-Sensitivity = dict[tuple[str, float | int | bool], float]
+Sensitivity = dict[QualityKey, float]
 
 
 def measure_sensitivity(
@@ -37,7 +38,7 @@ def measure_sensitivity(
     return result
 
 
-def single(decision: Decision, option: float | int | bool) -> Plan:
+def single(decision: Decision, option: Option) -> Plan:
     """The plan that takes this option and changes nothing else."""
     match decision.kind:
         case "width":
@@ -48,13 +49,15 @@ def single(decision: Decision, option: float | int | bool) -> Plan:
             return Plan(drop=frozenset([decision.target]) if option else frozenset())
         case "bits":
             return Plan(bits={decision.target: int(option)})
+        case "mask":
+            return Plan(masks={decision.target: str(option)})
 
 
-def _does_nothing(decision: Decision, option: float | int | bool) -> bool:
+def _does_nothing(decision: Decision, option: Option) -> bool:
     return single(decision, option).key == Plan().key
 
 
-def _one(bench: Workbench, decision: Decision, option: float | int | bool) -> float:
+def _one(bench: Workbench, decision: Decision, option: Option) -> float:
     model, plan = bench.student(single(decision, option))
     return max(0.0, bench.distortion(bench.export(model, plan)))
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from automl_compress.core.graph import Graph
+from automl_compress.core.graph import Graph, Layer
+from automl_compress.core.masks import NO_MASK, mask_problem
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.errors import PlanError, SpaceError
 from automl_compress.search.rules import Importance, Rule, SpaceFile, Target, check_unused, load_space, targets_of
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Decision", "SearchSpace", "SpaceFile", "load_space", "offered_bits", "resolve"]
 
-Kind = Literal["width", "sparsity", "drop", "bits"]
-_KINDS: dict[str, Kind] = {"channel-group": "sparsity", "block": "drop", "layer": "bits"}
-Identity = tuple[tuple[str, ...], tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]]
+Kind = Literal["width", "sparsity", "drop", "bits", "mask"]
+_KINDS: dict[str, tuple[Kind, ...]] = {"channel-group": ("sparsity",), "block": ("drop",), "layer": ("bits", "mask")}
+Identity = tuple[tuple[str, ...], tuple[tuple[str, int], ...], tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class SearchSpace:
             if name not in self.decision or value not in self.decision[name].options:
                 raise PlanError(f"{name}={value!r} is not among the options {self.options(name)} of space {self.name}")
         chosen.update(self.fixed)
-        parts: dict[str, dict[str, Option]] = {"sparsity": {}, "drop": {}, "bits": {}}
+        parts: dict[str, dict[str, Option]] = {"sparsity": {}, "drop": {}, "bits": {}, "mask": {}}
         for name, value in chosen.items():
             kind, _, target = name.partition(".")
             if target:
@@ -101,6 +102,7 @@ class SearchSpace:
             sparsity={k: float(v) for k, v in parts["sparsity"].items() if v},
             drop=frozenset(k for k, v in parts["drop"].items() if v),
             bits={k: int(v) for k, v in parts["bits"].items() if v != FULL_BITS},
+            masks={k: str(v) for k, v in parts["mask"].items() if v != NO_MASK},
         )
 
     def params(self, plan: Plan) -> dict[str, Option]:
@@ -121,6 +123,8 @@ class SearchSpace:
             wanted = target in plan.drop
         elif kind == "bits":
             wanted = plan.layer_bits(target)
+        elif kind == "mask":
+            wanted = plan.masks.get(target, NO_MASK)
         else:
             wanted = plan.sparsity.get(target, 0.0)
         if wanted in decision.options:
@@ -136,8 +140,8 @@ class SearchSpace:
     def identity(self, plan: Plan) -> Identity:
         """What the plan comes down to: equal for plans that make the same network, however they say it.
 
-        Removed blocks, kept channels of the groups and bits of the layers that remain. A block inside of a removed one,
-        and anything decided about what is gone, doesn't count.
+        Removed blocks, kept channels of the groups, bits and masks of the layers that remain. A block inside of a
+        removed one, and anything decided about what is gone, doesn't count.
         """
         gone = {layer.name for layer in self.graph.layers if plan.drop.intersection(layer.blocks)}
         drop = {b for b in plan.drop if not any(self._inside(b, other) for other in plan.drop if other != b)}
@@ -147,7 +151,13 @@ class SearchSpace:
             if not gone.issuperset((*g.producers, *g.consumers))
         }
         bits = {layer.name: plan.layer_bits(layer.name) for layer in self.graph.layers if layer.name not in gone}
-        return tuple(sorted(drop)), tuple(sorted(kept.items())), tuple(sorted(bits.items()))
+        masks = {k: v for k, v in plan.masks.items() if k not in gone and v != NO_MASK}
+        return (
+            tuple(sorted(drop)),
+            tuple(sorted(kept.items())),
+            tuple(sorted(bits.items())),
+            tuple(sorted(masks.items())),
+        )
 
     def _inside(self, block: str, other: str) -> bool:
         inner, outer = set(self.graph.block[block].layers), set(self.graph.block[other].layers)
@@ -199,17 +209,22 @@ def resolve(
     chosen: dict[str, tuple[Option, ...]] = {}
     used: set[int] = set()
     missing: dict[tuple[str, int], int] = {}
-    for target in targets:
-        index = next((i for i, rule in enumerate(space.rules) if rule.matches(target)), None)
+    unmasked: list[str] = []
+    for target, what in [(each, what) for each in targets for what in _KINDS[each.kind]]:
+        # The first rule that says something about this decides; another may decide about the layer's other choice.
+        fits = (i for i, rule in enumerate(space.rules) if what in rule.gives and rule.matches(target))
+        index = next(fits, None)
         if index is None:
             continue
         used.add(index)
         rule = space.rules[index]
-        name = f"{_KINDS[target.kind]}.{target.name}"
-        if target.kind == "channel-group":
+        name = f"{what}.{target.name}"
+        if what == "sparsity":
             chosen[name] = _sparsities(rule, target.channels)
-        elif target.kind == "block":
+        elif what == "drop":
             chosen[name] = {"always": (True,), "true": (False, True), "false": (False,)}[str(rule.drop).lower()]
+        elif what == "mask":
+            chosen[name] = _masks(rule, graph.layer[target.name], unmasked)
         else:
             kind = target.operator
             chosen[name] = _bits(rule, target, bit_widths.get(kind, (FULL_BITS,)), held.get(kind, ()), missing)
@@ -225,6 +240,7 @@ def resolve(
         )
         for (kind, bits), count in sorted(missing.items())
     ]
+    notes += unmasked
     if len(space.widths) > 1 and not graph.groups:
         notes.append("width: not offered, the network has no channel group that can be narrowed")
     return SearchSpace(
@@ -271,13 +287,28 @@ def _bits(
     return tuple(bits for bits in wanted if bits in (*offered, FULL_BITS))
 
 
+def _masks(rule: Rule, layer: Layer, unmasked: list[str]) -> tuple[Option, ...]:
+    """'none' first, the others as they were written; one that the layer's shape rules out is noted, a fixed one is an
+    error."""
+    assert rule.mask is not None
+    if not isinstance(rule.mask, list):
+        problem = mask_problem(rule.mask, layer)
+        if problem is not None:
+            raise SpaceError(problem)
+        return (rule.mask,)
+    wanted = dict.fromkeys((NO_MASK, *rule.mask))
+    problems = {text: mask_problem(text, layer) for text in wanted}
+    unmasked += [f"mask not offered: {problem.partition(';')[0]}" for problem in problems.values() if problem]
+    return tuple(text for text in wanted if problems[text] is None)
+
+
 def _kept(size: int, sparsity: Option) -> int:
     return Plan(sparsity={"": float(sparsity)}).kept_count("", size)
 
 
 def _kind(name: str) -> Kind:
     kind = name.partition(".")[0]
-    return "width" if kind == "width" else next(k for k in _KINDS.values() if k == kind)
+    return "width" if kind == "width" else next(k for kinds in _KINDS.values() for k in kinds if k == kind)
 
 
 def _difference(wanted: Identity, found: Identity) -> str:
@@ -288,4 +319,6 @@ def _difference(wanted: Identity, found: Identity) -> str:
         for (name, value), (_, offered) in zip(one, other, strict=True):
             if value != offered:
                 return f"{value} {what} {name} (the space fixes {offered})"
+    if wanted[3] != found[3]:
+        return f"masks {dict(wanted[3])} (the space fixes {dict(found[3])})"
     return "unknown difference"

@@ -24,6 +24,7 @@ from automl_compress.techniques.prune import Ranking, apply_plan, select_channel
 from automl_compress.techniques.recover import recalibrate_batch_norm
 from automl_compress.techniques.repair import LayerRepair, Targets, record_targets, repair
 from automl_compress.techniques.rows import ROWS
+from automl_compress.techniques.sparsify import apply_masks, masks_in_force
 
 REPAIR_SAMPLES = 384
 JUDGE_SAMPLES = 256
@@ -104,10 +105,12 @@ class Students:
         the one nearest to the original's outputs on samples that none of them was fitted to."""
         plan = select_channels(self.graph, plan, self.ranking)
         cut = apply_plan(self.teacher, self.graph, plan).eval()
-        if not plan.kept and not plan.drop:
+        if not plan.kept and not plan.drop and not masks_in_force(self.graph, plan):
             return Student(model=cut, plan=plan)
         refitted = copy_model(cut)
         layers = repair(refitted, self.graph, plan, self.targets)
+        for model in (cut, refitted):
+            apply_masks(model, self.graph, plan)
         candidates: dict[str, nn.Module] = {"none": cut, "refit": refitted}
         recalibrated = copy_model(refitted)
         if recalibrate_batch_norm(recalibrated, [self.targets.inputs]):
@@ -121,6 +124,7 @@ class Students:
         plan = select_channels(self.graph, plan, self.ranking)
         model = apply_plan(self.teacher, self.graph, plan).eval()
         repair(model, self.graph, plan, self.targets)
+        apply_masks(model, self.graph, plan)
         return self.distances(model)
 
     def distances(self, model: nn.Module) -> Vector:

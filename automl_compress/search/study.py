@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -67,7 +67,8 @@ class Objective:
     def __call__(self, trial: optuna.Trial) -> Sequence[float]:
         """Propose, predict, constrain, evaluate what is feasible and new. Constraints come before any early end."""
         trial.set_user_attr("worker", this_worker())
-        plan = self.space.plan({d.name: trial.suggest_categorical(d.name, d.options) for d in self.space.decisions})
+        choices: dict[str, Any] = {d.name: trial.suggest_categorical(d.name, d.options) for d in self.space.decisions}
+        plan = self.space.plan(choices)
         cost = self.predict(plan)
         constraints = self.budget.constraints(cost)
         for metric, excess in constraints.items():

@@ -14,7 +14,7 @@ from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import Plan
 
 _LEAST_CERTAIN_FIRST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
-Option = float | int | bool
+Option = float | int | bool | str
 QualityKey = tuple[str, Option]
 Shape = tuple[int, int, int]
 """(input channels, output channels, bits) of one layer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +79,13 @@ def distill(
     schedule: Schedule,
     *,
     seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
     on_step: Step | None = None,
 ) -> TrainingLog:
     """Train `student` in place against `teacher` (frozen, eval). Raises TrainingError when the loss stops being finite.
 
-    The same seed, data order and thread count give the same student.
+    masks: parameter name -> which of its weights train; the others are zero before and after every step. The same
+    seed, data order and thread count give the same student.
     """
     torch.manual_seed(seed)
     teacher = teacher.eval()
@@ -96,6 +98,7 @@ def distill(
         _parameter_groups(student, schedule.weight_decay), lr=schedule.learning_rate, momentum=0.9, nesterov=True
     )
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=schedule.learning_rate, total_steps=max(2, steps))
+    held = _held(student, masks or {})
     losses: list[float] = []
     images, start = 0, time.perf_counter()
     for number, (inputs, targets) in enumerate(_endless(task, steps)):
@@ -107,8 +110,13 @@ def distill(
                 f"the loss became {loss} at step {number + 1} of {steps}; lower the learning rate "
                 f"(now {schedule.learning_rate:g}) or check the data"
             )
+        for parameter, mask in held:
+            if parameter.grad is not None:  # not a part of the norm that is clipped
+                parameter.grad.mul_(mask)
         nn.utils.clip_grad_norm_(student.parameters(), schedule.clip)
         optimizer.step()
+        for parameter, mask in held:
+            parameter.data.mul_(mask)
         rates.step()
         losses.append(loss)
         images += len(targets)
@@ -135,6 +143,14 @@ def _gradient(
     except IndexError as error:  # cross-entropy on a class that the model doesn't have
         raise TaskError(f"task: train labels are out of range: {error}") from error
     return float(loss.detach())
+
+
+def _held(student: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    stored = dict(student.named_parameters(remove_duplicate=False))
+    pairs = [(stored[name], mask.to(stored[name].dtype)) for name, mask in masks.items()]
+    for parameter, mask in pairs:
+        parameter.data.mul_(mask)
+    return pairs
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

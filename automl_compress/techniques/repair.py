@@ -30,13 +30,14 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.techniques.calls import Call, LayerCalls, Reader, Site
 from automl_compress.techniques.rows import ROWS, input_rows, sample_positions, value_rows
+from automl_compress.techniques.sparsify import compensated, mask_of, masks_in_force
 
 DAMPING = (1e-3, 1e-1)
 HELD_OUT = 1 / 8
 _STEPS = 4  # majorise-minimise, where a rectifier follows
 _TINY_SCALE = 1e-6
 _NOISE = 1e-10  # of a squared error: rounding
-Outcome = Literal["refit", "bias", "kept"]
+Outcome = Literal["refit", "bias", "kept", "masked"]
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRepair:
-    """What was done to one layer, and the squared error on held-out rows before and after."""
+    """What was done to one layer, and the squared error on held-out rows before and after (a mask may add to it)."""
 
     outcome: Outcome
     before: float
@@ -127,6 +128,7 @@ class _Refitter(LayerCalls):
         self._targets, self._graph, self._plan = targets, graph, plan
         # Until the first layer that was cut, everything is as in the original; a removed branch leaves no such mark.
         self._changed = bool(plan.drop)
+        self._masks = masks_in_force(graph, plan)
         self.done: dict[str, LayerRepair] = {}
 
     def called(self, call: Call) -> None:
@@ -161,7 +163,8 @@ class _Refitter(LayerCalls):
 
     def _target(self, call: Call) -> Target | None:
         layer = call.layer
-        self._changed = self._changed or any(name in self._plan.kept for name in (*layer.in_groups, *layer.out_groups))
+        cut = any(name in self._plan.kept for name in (*layer.in_groups, *layer.out_groups))
+        self._changed = self._changed or cut or layer.name in self._masks
         return self._targets.get(layer.name) if self._changed and layer.name not in self.done else None
 
     def _problem(self, call: Call, target: Target, rows: Tensor, now: Tensor, scale: Tensor | None) -> _Problem:
@@ -174,7 +177,11 @@ class _Refitter(LayerCalls):
 
     def _solve(self, call: Call, problem: _Problem, *, intercept: bool) -> tuple[Tensor, Tensor]:
         """Changes of weight and bias; zeros where nothing helps on the held-out rows."""
-        weight, bias, done = best_change(problem, intercept=intercept)
+        mask = self._masks.get(call.layer.name)
+        if mask is None:
+            weight, bias, done = best_change(problem, intercept=intercept)
+        else:
+            weight, bias, done = best_masked_change(problem, call.weight, mask, intercept=intercept)
         self.done[call.layer.name] = done
         return weight.reshape(call.weight.shape), bias
 
@@ -238,6 +245,26 @@ def best_change(problem: _Problem, *, intercept: bool) -> tuple[Tensor, Tensor, 
     return *nothing, LayerRepair(outcome="kept", before=before, after=before)
 
 
+def best_masked_change(
+    problem: _Problem, weight: Tensor, mask: str, *, intercept: bool
+) -> tuple[Tensor, Tensor, LayerRepair]:
+    """The change after which `weight` [channels, inputs, *kernel] is masked, with the least held-out error: the mask
+    alone, or the refitted weights masked and made up for by those that stay; each with the bias corrected."""
+    refit, shift, done = best_change(problem, intercept=intercept)
+    ridge = _Ridge(problem, intercept=intercept)
+    plain, dense = weight.flatten(1), weight.flatten(1) + refit
+    tries = [plain * mask_of(weight, mask).flatten(1), ridge.masked(dense, mask_of(dense.view_as(weight), mask))]
+    found: list[tuple[float, Tensor, Tensor]] = []
+    for change, bias in ((tries[0] - plain, torch.zeros_like(shift)), (tries[1] - plain, shift)):
+        now = problem.now + (_apply(problem.rows, change) + bias) * problem.scale
+        if intercept:
+            more = problem.missing(now, problem.fit).mean(0)
+            now, bias = now + more, bias + more / problem.scale
+        found.append((problem.error(now), change, bias))
+    error, change, bias = min(found, key=lambda one: one[0])
+    return change, bias, LayerRepair(outcome="masked", before=done.before, after=error)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Try:
     """A change of all weights [channels, columns] so far, what `now` becomes with it, and its held-out error."""
@@ -282,6 +309,16 @@ class _Ridge:
         if self._intercept:
             return found.change[:, :-1], found.change[:, -1].contiguous()
         return found.change, found.change.new_zeros(len(found.change))
+
+    def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The weights [channels, columns] masked; what stays makes up for what goes where there are enough rows."""
+        flat = mask.flatten(1)
+        if self._dual:
+            return weight * flat
+        columns, groups = weight.shape[1], self._fit.shape[0]
+        gram = (self._gram + DAMPING[0] * self._unit)[:, :columns, :columns]
+        found = compensated(weight.view(groups, -1, columns), flat.view(groups, -1, columns), gram)
+        return found.flatten(0, 1).float()
 
     def _solve(self, targets: Tensor, damping: float) -> Tensor:
         """Targets [groups, rows, outputs] -> solutions [groups, outputs, columns]."""

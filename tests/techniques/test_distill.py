@@ -188,3 +188,22 @@ def test_data_that_fails_or_runs_dry_later_is_named() -> None:
         train(net(), task(train=Fickle(OSError("gone"))), epochs=9)
     with pytest.raises(TaskError, match="empty"):
         train(net(), task(train=Fickle([])), epochs=9)
+
+
+def test_masked_weights_stay_zero_through_training_and_the_others_learn() -> None:
+    student = net()
+    mask = torch.rand(student[0].weight.shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    before = student[0].weight.detach().clone()
+    seen: list[bool] = []
+    ready = task()
+
+    def check(*_: object) -> None:
+        seen.append(bool((student[0].weight[~mask] == 0).all()))
+
+    distill(student, ready.model, ready, Schedule(epochs=3), masks={"0.weight": mask}, on_step=check)
+    assert len(seen) > 2
+    assert all(seen)
+    assert bool((student[0].weight[mask] != before[mask]).all())
+    free = net()
+    distill(free, ready.model, ready, Schedule(epochs=3))
+    assert bool((free[0].weight != 0).all())
