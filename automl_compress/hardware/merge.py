@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,24 @@ def merge(
     notes = [note for other in others for note in _compared(first, other)]
     head, _ = _parts(first)
     head = _renamed(head, first.header, {"name": name, "description": description}, out)
-    lines = list(dict.fromkeys(line for profile in profiles for line in _lines(profile)))
+    lines = _union([_lines(profile) for profile in profiles])
     body = "".join(f"{line}\n" for line in (_one_each(lines, out) if compact else lines))
     replace_file(out, f"{head.rstrip()}\n\n{MARK}\n{START}\n{body}".encode())
     return notes
+
+
+def _union(files: Sequence[Sequence[str]]) -> list[str]:
+    """All lines in order; one that several files have counts as often as in the file that has it most often."""
+    result: list[str] = []
+    taken: Counter[str] = Counter()
+    for lines in files:
+        seen: Counter[str] = Counter()
+        for line in lines:
+            seen[line] += 1
+            if seen[line] > taken[line]:
+                taken[line] += 1
+                result.append(line)
+    return result
 
 
 def _compared(first: DeviceProfile, other: DeviceProfile) -> list[str]:

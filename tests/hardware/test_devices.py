@@ -134,9 +134,11 @@ def test_merging_adds_up_what_was_measured_and_counts_what_is_shared_once(
 
 
 def test_merging_with_itself_changes_nothing(make: Make, tmp_path: Path) -> None:
-    profile = make("a", SHARED, NOISY)
+    profile = make("a", SHARED, NOISY, SHARED)
     merge([profile, profile], tmp_path / "out.yaml")
     assert (tmp_path / "out.yaml").read_bytes() == profile.path.read_bytes()
+    merge([profile], tmp_path / "compact.yaml", compact=True)
+    assert DeviceProfile(tmp_path / "compact.yaml", FACTS).kernels == profile.kernels
 
 
 @pytest.mark.parametrize(
