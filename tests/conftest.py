@@ -67,6 +67,10 @@ def _sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         pytest.skip(missing_sshd())
     server = Server(tmp_path_factory.mktemp("sshd"))
     server.start()
+    refused = server.refusal()
+    if refused:
+        server.stop()
+        pytest.skip(f"sshd doesn't let this user in: {refused}")
     yield server
     server.stop()
 

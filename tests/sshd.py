@@ -105,6 +105,12 @@ class Server:
             time.sleep(0.02)
         raise RuntimeError(f"sshd doesn't start: {log.read_text() if log.exists() else 'no log'}")
 
+    def refusal(self) -> str:
+        """Why this user can't log in (an account that is locked, say), or nothing."""
+        command = [str(self.folder / "bin" / "ssh"), "-o", "BatchMode=yes", "device", "true"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
+
     def drop_connections(self) -> None:
         """Kill what serves the connections; the server itself goes on."""
         assert self._process is not None

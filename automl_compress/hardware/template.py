@@ -105,7 +105,7 @@ def fill_template(head: str, facts: HostFacts, threads: int) -> str:
 
 def called(head: str, name: str) -> str:
     """A template under another name."""
-    return re.sub(r"(?m)^name:.*$", f"name: {name}", head, count=1)
+    return re.sub(r"(?m)^name:.*$", f"name: {json.dumps(name)}", head, count=1)
 
 
 def _block_of(facts: HostFacts) -> int | None:

@@ -327,6 +327,15 @@ def test_a_last_line_cut_by_a_kill_costs_that_line_only(data: st.DataObject) -> 
         assert not last.notes
 
 
+def test_another_machine_has_a_file_of_its_own_called_by_its_host(tmp_path: Path) -> None:
+    here = load_profile("local", home=tmp_path, facts=FACTS)
+    there = load_profile("local", home=tmp_path, facts=FACTS, host="10")
+    assert here.path != there.path
+    assert there.name == "10"
+    assert there.path.name.startswith("10-imaginary-9000")
+    assert load_profile("local", home=tmp_path, facts=FACTS, host="10").path == there.path
+
+
 def test_what_another_process_appended_is_picked_up(profile: DeviceProfile) -> None:
     other = DeviceProfile(profile.path, FACTS)
     other.add_kernels([KERNEL])
