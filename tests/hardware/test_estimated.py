@@ -61,9 +61,11 @@ def test_every_figure_is_the_rooflines_and_says_that_it_is_estimated(phone: Devi
         expected = sum(time_us(work_of(kernel.key), roofline) for kernel in phone.lowered(model).kernels)
         assert timings[name].median_us == pytest.approx(expected)
         assert timings[name].provenance == "estimated"
-        cost = CostModel(phone.profile, phone, original=model).predict(model)
+        costs = CostModel(phone.profile, phone, original=model)
+        cost = costs.predict(model)
         assert cost.provenance == "estimated"
         assert cost.latency_us == pytest.approx(expected)
+        assert {kernel.provenance for kernel in costs.lower(model)} == {"estimated"}
     assert timings["narrow"].median_us < timings["wide"].median_us
 
 
@@ -88,6 +90,7 @@ def test_nothing_is_measured_and_no_file_is_touched(phone: Device) -> None:
 def test_a_profile_of_another_machine_is_used_without_measuring(device: Device, tmp_path: Path) -> None:
     models = [chain(8, width, 4) for width in (4, 8, 16)]
     measure_variants(device, models, memories=0)
+    assert {kernel.provenance for kernel in CostModel(device.profile, device).lower(models[0])} == {"measured"}
     text = device.profile.path.read_bytes()
     foreign = DeviceProfile(device.profile.path, replace(FACTS, cpu="Other"))
     with device_for(foreign, launch=SimulatedRuntime) as elsewhere:
