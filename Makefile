@@ -17,7 +17,7 @@ venv: $(READY) ## create .venv with everything for development
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,benchmarks]'
 	@touch $@
 
 demo: $(READY) ## run the main job on the handwritten digits that scikit-learn ships

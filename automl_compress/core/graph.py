@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Literal
 
 LayerKind = Literal["conv", "linear"]
+End = Literal["in", "out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +81,36 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """A residual branch that can be removed whole, so that only the shortcut remains.
+class Attribute:
+    """An integer in the model's Python objects that counts channels, such as `num_heads` or an entry of a list of split
+    sizes: `path` leads to it from `module`. `positions[group][c]` are the indices, of `size` that it counts, which go
+    with channel c of a group."""
 
-    `output` names the traced value that becomes zero, `layers` the layers that go, `modules` the leaf modules that only
-    this branch uses, in execution order (the last one produces `output`), and `shape` the output's shape (batch 1).
+    module: str
+    path: tuple[str | int, ...]
+    size: int
+    positions: Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A part that can be removed whole: a residual branch, so that only its shortcut remains, or a repeated layer.
+
+    `output` names the traced value that vanishes and `replacement` the one that stands in for it. `layers` are the
+    layers that go, `modules` the outermost modules that only this part uses, in execution order. `ending` says what
+    replaces the last of them: zeros (it is then added to the shortcut) or its input. `shape` is that module's output
+    shape (batch 1), and `channels[dim][group][c]` are the indices along a dimension of it that go with channel c.
     """
 
     name: str
     layers: tuple[str, ...]
     modules: tuple[str, ...]
     output: str
-    addition: str
+    replacement: str = ""
+    addition: str = ""
+    ending: Literal["zeros", "input"] = "zeros"
     shape: tuple[int, ...]
+    channels: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +125,16 @@ class Frozen:
 class Graph:
     """A traced model: what it consists of, what can be removed, and what was left alone and why.
 
-    `skipped` lists operators that the MAC count doesn't cover, with how often they
-    occur; `sizes` are the shapes of all stored tensors. `fingerprint` identifies the
-    structure (not the weights): caches and run folders that belong to another structure are recognised by it.
+    `attributes` are the numbers in the model's objects that follow its channels. `skipped` lists operators that the
+    MAC count doesn't cover, with how often they occur; `sizes` are the shapes of all stored tensors. `fingerprint`
+    identifies the structure (not the weights): caches and run folders of another structure are recognised by it.
     """
 
     layers: tuple[Layer, ...]
     groups: tuple[ChannelGroup, ...]
     blocks: tuple[Block, ...]
     frozen: tuple[Frozen, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     input_shapes: tuple[tuple[int, ...], ...] = ()
@@ -131,6 +151,77 @@ class Graph:
     def block(self) -> dict[str, Block]:
         return {block.name: block for block in self.blocks}
 
+    @cached_property
+    def alternatives(self) -> dict[str, frozenset[str]]:
+        """Group -> the groups that narrow the same indices in another way, as heads and their width do."""
+        result: dict[str, set[str]] = {group.name: set() for group in self.groups}
+        for holders in self._holders.values():
+            for names in set(holders.values()):
+                for name in names:
+                    result[name].update(other for other in names if other != name)
+        return {name: frozenset(others) for name, others in result.items()}
+
+    def width(self, layer: Layer, side: End, kept: Mapping[str, int]) -> int:
+        """The layer's input or output channels when each group keeps `kept[group]` of its channels (absent: all).
+
+        Exact for groups that share no index, and for grids (heads times width), of which the shares multiply.
+        """
+        total = 0.0
+        for count, names in self._cells[layer.name, side]:
+            share = 1.0
+            for name in names:
+                share *= kept.get(name, self.group[name].size) / self.group[name].size
+            total += count * share
+        return round(total)
+
+    def groups_of(self, layer: Layer, side: End) -> tuple[str, ...]:
+        """The groups that make the layer's input or output narrower."""
+        return tuple(dict.fromkeys(name for _, names in self._cells[layer.name, side] for name in names))
+
+    @cached_property
+    def _holders(self) -> dict[tuple[str, int], dict[int, tuple[str, ...]]]:
+        """(tensor, dimension) -> index -> the groups that it belongs to."""
+        result: dict[tuple[str, int], dict[int, tuple[str, ...]]] = {}
+        for group in self.groups:
+            for place in group.places:
+                holders = result.setdefault((place.tensor, place.dim), {})
+                for where in place.positions:
+                    for position in where:
+                        holders[position] = (*holders.get(position, ()), group.name)
+        return result
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], list[tuple[int, tuple[str, ...]]]]:
+        """(layer, side) -> how many channels belong to which groups, none included."""
+        sides = (("in", "out"), ("out", "in"))
+        return {
+            (layer.name, side): self._side_cells(layer, side, other) for layer in self.layers for side, other in sides
+        }
+
+    def _side_cells(self, layer: Layer, side: str, other: str) -> list[tuple[int, tuple[str, ...]]]:
+        axes = {"in": layer.in_axis, "out": layer.out_axis}
+        channels = {"in": layer.in_channels, "out": layer.out_channels}
+        holders = self._holders.get((layer.weight, axes[side]), {})
+        if layer.groups == 1 or (axes["in"] == axes["out"] and channels["in"] == channels["out"]):
+            return _counted(holders.get(position, ()) for position in range(channels[side]))
+        # With groups, the weight's dimension holds one group's channels; whole groups show along the other dimension.
+        across = self._holders.get((layer.weight, axes[other]), {})
+        block = max(1, channels[other] // layer.groups)
+        outer = [
+            tuple(
+                name
+                for name in across.get(start, ())
+                if all(name in across.get(position, ()) for position in range(start, start + block))
+            )
+            for start in range(0, layer.groups * block, block)
+        ]
+        within = channels[side] // layer.groups
+        if self.sizes.get(layer.weight, (0,) * 8)[axes[side]] != within:  # this side lies along the weight in full
+            return _counted(holders.get(position, ()) for position in range(channels[side]))
+        if axes["in"] == axes["out"]:
+            return _counted(names for names in outer for _ in range(within))
+        return _counted((*names, *holders.get(i, ())) for names in outer for i in range(within))
+
     @property
     def params(self) -> int:
         return sum(layer.params for layer in self.layers)
@@ -143,3 +234,7 @@ class Graph:
     def fingerprint(self) -> str:
         text = json.dumps(asdict(self), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _counted(cells: Iterable[tuple[str, ...]]) -> list[tuple[int, tuple[str, ...]]]:
+    return [(count, names) for names, count in Counter(cells).items()]

@@ -62,16 +62,11 @@ class Plan:
         for layer in graph.layers:
             if self.drop.intersection(layer.blocks):
                 continue
-            taken = {
-                g: graph.group[g].size - self.kept_count(g, graph.group[g].size)
-                for g in layer.in_groups + layer.out_groups
+            kept = {
+                g: self.kept_count(g, graph.group[g].size)
+                for g in dict.fromkeys((*graph.groups_of(layer, "in"), *graph.groups_of(layer, "out")))
             }
-            result[layer.name] = (
-                layer.in_channels
-                - sum(taken[g] * _copies(graph, g, layer.weight, layer.in_axis) for g in layer.in_groups),
-                layer.out_channels
-                - sum(taken[g] * _copies(graph, g, layer.weight, layer.out_axis) for g in layer.out_groups),
-            )
+            result[layer.name] = (graph.width(layer, "in", kept), graph.width(layer, "out", kept))
         return result
 
     @property
@@ -147,11 +142,3 @@ class Plan:
                     f"plan: kept channels of {name} must be 1 to {size} ascending indices below {size}, "
                     f"found {list(kept)}"
                 )
-
-
-def _copies(graph: Graph, group: str, tensor: str, dim: int) -> int:
-    """How many indices one channel of the group takes along `dim` of a tensor."""
-    for place in graph.group[group].places:
-        if place.tensor == tensor and place.dim == dim:
-            return len(place.positions[0])
-    return 0

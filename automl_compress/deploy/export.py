@@ -132,8 +132,7 @@ class Template:
             check_float(filled, model, sample(self._examples, batch))
 
     def _export_alone(self, model: nn.Module) -> onnx.ModelProto:
-        program, dynamic = export_program(model, self._examples)
-        result = _to_onnx(program, sample(self._examples, 2 if dynamic else 1))
+        result = export_alone(model, self._examples)
         normalise(result, self.graph)
         _name_weights(result.graph, _find_sources(result, _tensors(model, ())))
         self._check(result, model)
@@ -142,6 +141,14 @@ class Template:
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def export_alone(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+    """One model's ONNX graph as the exporter gives it. Raises ExportError if it fails or differs from PyTorch."""
+    program, dynamic = export_program(model, example_inputs)
+    result = _to_onnx(program, sample(example_inputs, 2 if dynamic else 1))
+    check_float(result, model, sample(example_inputs, 2 if dynamic else 1))
+    return result
 
 
 def export_program(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> tuple[ExportedProgram, bool]:

@@ -11,8 +11,6 @@ import os
 import time
 from typing import Any
 
-# The system counts in hundredths of a second: shares of less than this would be noise.
-_SHORTEST_S = 0.2
 _CPU = "/sys/devices/system/cpu/cpu{}"
 
 
@@ -28,7 +26,7 @@ class Watch:
 
 
 def conditions(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What happened between two snapshots; what the system doesn't tell, or not in so short a time, is absent.
+    """What happened between two snapshots; what the system doesn't tell is absent.
 
     seconds               how long it took
     load_1min, runnable   load average and threads ready to run (this one not counted), when it began
@@ -50,7 +48,7 @@ def conditions(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
             found[name] = before[name]
     used = after["own_seconds"] - before["own_seconds"]
     for name, field in (("others_busy", "all"), ("pinned_others_busy", "pinned")):
-        if field in before and field in after and found["seconds"] >= _SHORTEST_S:
+        if field in before and field in after:
             spent = {k: after[field][k] - before[field][k] for k in after[field]}
             if spent["total"] > 0:
                 found[name] = round(min(1.0, max(0.0, (spent["busy"] - used) / spent["total"])), 4)
@@ -70,7 +68,7 @@ def snapshot(cores: list[int]) -> dict[str, Any]:
     times = os.times()
     found: dict[str, Any] = {
         "clock": time.perf_counter(),
-        "own_seconds": time.process_time() + times.children_user + times.children_system,
+        "own_seconds": times.user + times.system + times.children_user + times.children_system,
         "switches": _switches(),
         **parse_loadavg(_read("/proc/loadavg")),
         **parse_stat(_read("/proc/stat"), cores),

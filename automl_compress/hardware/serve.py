@@ -68,7 +68,6 @@ def serve(program: str, folder: str, answer: Answer) -> None:
             signal.signal(getattr(signal, name), lambda *_: leave(folder))
     messages: queue.Queue[tuple[dict[str, Any], bytes | None]] = queue.Queue()
     threading.Thread(target=listen, daemon=True).start()
-    out.write(b"\n")  # what a login shell printed may have no end of line
     say({"hello": os.getpid(), "folder": folder})
     settings: dict[str, Any] = {}
     trouble = ""

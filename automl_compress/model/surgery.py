@@ -6,13 +6,14 @@ The result is an instance of the user's own class with smaller parameters, train
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from automl_compress.core.graph import Block, Graph
 from automl_compress.errors import PlanError, TaskError
+from automl_compress.model.attributes import set_attribute
 
 
 class Zeros(nn.Module):
@@ -22,8 +23,15 @@ class Zeros(nn.Module):
         super().__init__()
         self.shape = shape
 
-    def forward(self, source: Tensor, *_: object) -> Tensor:
+    def forward(self, source: Tensor, *_: object, **__: object) -> Tensor:
         return source.new_zeros((source.shape[0], *self.shape[1:]))
+
+
+class Skip(nn.Module):
+    """Stands where a removed module was and passes its first argument on."""
+
+    def forward(self, source: Tensor, *_: object, **__: object) -> Tensor:
+        return source
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -42,51 +50,65 @@ def cut(model: nn.Module, graph: Graph, *, kept: Mapping[str, Iterable[int]], dr
     Groups that are not named stay whole. Raises PlanError where a group or block isn't the model's.
     """
     result = copy_model(model)
-    keep = _kept_positions(graph, kept)
+    stay = {name: frozenset(channels) for name, channels in kept.items()}
+    keep = _kept_positions(graph, stay)
     _shrink_tensors(result, keep)
+    _set_attributes(result, graph, stay)
     for module in result.modules():
         refresh_attributes(module)
+    forget_caches(result)
     dropped = [graph.block[name] for name in sorted(drop) if _known(graph, name)]
     for block in dropped:
-        remove_block(result, block, kept_shape(graph, block, keep))
+        remove_block(result, block, kept_shape(block, stay))
     return result
 
 
-def kept_shape(graph: Graph, block: Block, keep: Mapping[tuple[str, int], list[int]]) -> tuple[int, ...]:
+def kept_shape(block: Block, kept: Mapping[str, frozenset[int]]) -> tuple[int, ...]:
     """The shape of a removed branch's output once the channels around it were cut."""
     shape = list(block.shape)
-    last = graph.layer[block.layers[-1]]
-    left = keep.get((last.weight, last.out_axis))
-    if left is not None:
-        shape[1 if last.kind == "conv" else -1] = len(left)
+    for dim, channels in enumerate(block.channels):
+        shape[dim] -= len(_removed(channels, kept))
     return tuple(shape)
 
 
+def _removed(positions: Mapping[str, Sequence[Sequence[int]]], kept: Mapping[str, frozenset[int]]) -> set[int]:
+    """The indices that go with the channels that are not kept; groups that are not named keep all."""
+    return {
+        position
+        for group, channels in positions.items()
+        if group in kept
+        for channel, where in enumerate(channels)
+        if channel not in kept[group]
+        for position in where
+    }
+
+
 def remove_block(model: nn.Module, block: Block, shape: tuple[int, ...]) -> None:
-    """Replace the branch's last module by zeros and its other modules by identities, in place."""
+    """Let the branch's last module give zeros, or its input, and its other modules pass on their input, in place."""
     for path in block.modules[:-1]:
-        model.set_submodule(path, nn.Identity())
-    model.set_submodule(block.modules[-1], Zeros(shape))
-
-
-def silence_channels(model: nn.Module, graph: Graph, removed: Mapping[str, Iterable[int]]) -> nn.Module:
-    """A copy of full size in which nothing reads the removed channels: the reference that a cut model must equal."""
-    result = copy_model(model)
-    tensors = dict(result.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, channels in removed.items():
-            gone = list(channels)
-            for place in graph.group[name].places:
-                if place.role == "consumer":
-                    index = torch.tensor([p for c in gone for p in place.positions[c]], dtype=torch.long)
-                    tensors[place.tensor].index_fill_(place.dim, index.to(tensors[place.tensor].device), 0)
-    return result
+        model.set_submodule(path, Skip())
+    model.set_submodule(block.modules[-1], Zeros(shape) if block.ending == "zeros" else Skip())
 
 
 def _known(graph: Graph, name: str) -> bool:
     if name not in graph.block:
         raise PlanError(f"plan: the model has no block {name!r}")
     return True
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and tensors that are plain attributes, by name."""
+    plain = {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    return {
+        **plain,
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
 
 
 def _kept_positions(graph: Graph, kept: Mapping[str, Iterable[int]]) -> dict[tuple[str, int], list[int]]:
@@ -119,14 +141,11 @@ def _shrink_tensors(model: nn.Module, keep: Mapping[tuple[str, int], list[int]])
         spots.setdefault(tensor, {})[dim] = indices
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        for store in (module._parameters, module._buffers, vars(module)):
             for name, value in store.items():
-                if value is not None:
+                if isinstance(value, Tensor):
                     owners.setdefault(id(value), []).append((module, name))
-    named = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
+    named = stored_tensors(model)
     for tensor, dims in spots.items():
         old = named[tensor]
         new = old.detach()
@@ -138,22 +157,43 @@ def _shrink_tensors(model: nn.Module, keep: Mapping[tuple[str, int], list[int]])
             setattr(module, name, value)
 
 
+def _set_attributes(model: nn.Module, graph: Graph, kept: Mapping[str, frozenset[int]]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for attribute in graph.attributes:
+        gone = _removed(attribute.positions, kept)
+        if gone:
+            set_attribute(modules[attribute.module], attribute.path, attribute.size - len(gone))
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Let modules drop what they remember of their parameters, as they do when training begins, in place."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    model.eval()
+    for module, mode in modes:
+        module.training = mode
+
+
 def refresh_attributes(module: nn.Module) -> None:
     """Bring the size attributes of a standard module in line with its parameters."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd) and isinstance(weight, Tensor):
-        depthwise = module.groups == module.in_channels and module.groups > 1
-        if depthwise:
-            module.groups = module.in_channels = module.out_channels = weight.shape[0]
-        else:
-            out, into = (1, 0) if module.transposed else (0, 1)
-            module.out_channels = weight.shape[out] * (module.groups if module.transposed else 1)
-            module.in_channels = weight.shape[into] * (1 if module.transposed else module.groups)
+        out, into = (1, 0) if module.transposed else (0, 1)
+        if module.groups == module.in_channels and module.groups > weight.shape[0]:
+            module.groups = weight.shape[0]
+        module.out_channels = weight.shape[out] * (module.groups if module.transposed else 1)
+        module.in_channels = weight.shape[into] * (1 if module.transposed else module.groups)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         for value in (module.weight, module.running_mean):
             if isinstance(value, Tensor):
                 module.num_features = value.shape[0]
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and isinstance(weight, Tensor):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm) and isinstance(weight, Tensor):
+        module.num_channels = weight.shape[0]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape

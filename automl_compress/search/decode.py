@@ -24,12 +24,12 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from automl_compress.core.graph import ChannelGroup, Graph, Layer
+from automl_compress.core.graph import ChannelGroup, End, Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.errors import CompressError
 from automl_compress.search.program import Rows, Side, Vector, thinned
 from automl_compress.search.space import SearchSpace
-from automl_compress.search.table import AdditiveTable, LayerCost, Option, QualityKey, channel_copies, layer_width
+from automl_compress.search.table import AdditiveTable, LayerCost, Option, QualityKey, channel_copies
 
 __all__ = [
     "AdditiveTable",
@@ -124,6 +124,7 @@ class Decoder:
                 self._rows.add(self._drops(around), 1.0, np.inf)
         for group in graph.groups:
             self._add_group(group)
+        self._add_alternatives()
         for layer in graph.layers:
             self._add_layer(layer)
         self._matrix = self._rows.matrix()
@@ -226,6 +227,15 @@ class Decoder:
         kept = {self._columns["kept", group.name, count]: 1.0 for count in self._options[group.name]}
         self._rows.add({**kept, **self._drops(self._blocks_of(group))}, 1.0, 1.0)
 
+    def _add_alternatives(self) -> None:
+        """Of two ways to narrow the same layer (heads, their width) at most one is taken, so that widths add up."""
+        for group in self.graph.groups:
+            for other in sorted(self.graph.alternatives[group.name]):
+                if group.name < other:
+                    pair = (group.name, other)
+                    widest = {self._columns["kept", name, max(self._options[name])]: 1.0 for name in pair}
+                    self._rows.add({**widest, **self._drops(self._blocks_of(group))}, 1.0, np.inf)
+
     def _blocks_of(self, group: ChannelGroup) -> tuple[str, ...]:
         """The blocks with which all of the group goes."""
         layers = {*group.producers, *group.consumers}
@@ -266,21 +276,21 @@ class Decoder:
             return [self._side(layer, layer.in_groups, ("in", "out"))]
         return [self._side(layer, layer.in_groups, ("in",)), self._side(layer, layer.out_groups, ("out",))]
 
-    def _side(self, layer: Layer, groups: tuple[str, ...], ends: tuple[str, ...]) -> Side:
+    def _side(self, layer: Layer, groups: tuple[str, ...], ends: tuple[End, ...]) -> Side:
         groups = tuple(dict.fromkeys(groups))
         full = tuple(layer.in_channels if end == "in" else layer.out_channels for end in ends)
         if not groups:
             return Side(groups=(), ends=ends, widths=(full,))
         if len(groups) == 1:
             counts = self._options[groups[0]]
-            widths = [tuple(layer_width(self.graph, layer, e, {groups[0]: k}) for e in ends) for k in counts]
+            widths = [tuple(self.graph.width(layer, e, {groups[0]: k}) for e in ends) for k in counts]
             return Side(groups=groups, ends=ends, widths=tuple(widths))
         totals = {full}
         for group in groups:
             copies = [channel_copies(self.graph, layer, group, end) for end in ends]
             taken = [self.graph.group[group].size - count for count in self._options[group]]
             totals = {tuple(w - n * c for w, c in zip(t, copies, strict=True)) for t in totals for n in taken}
-        return Side(groups=groups, ends=ends, widths=tuple(thinned(sorted(totals))))
+        return Side(groups=groups, ends=ends, widths=tuple(thinned(sorted(t for t in totals if min(t) > 0))))
 
     def _link(self, layer: Layer, side: Side, columns_at: Mapping[int, list[int]]) -> None:
         """Tie the choice of a side's width to what the groups keep."""

@@ -14,7 +14,7 @@ from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.search.pricing import uniform_bits
 from automl_compress.search.space import SearchSpace
-from automl_compress.search.table import AdditiveTable, LayerCost, Option, Shape, layer_width, least_certain
+from automl_compress.search.table import AdditiveTable, LayerCost, Option, Shape, least_certain
 
 # Averages over variants differ by a few percent; a smaller difference proves nothing.
 _CLEARLY = 1.05
@@ -237,7 +237,7 @@ def _widths(space: SearchSpace, graph: Graph, layer: Layer) -> set[tuple[int, in
 
 
 def _shape(graph: Graph, layer: Layer, kept: dict[str, int]) -> tuple[int, int]:
-    return layer_width(graph, layer, "in", kept), layer_width(graph, layer, "out", kept)
+    return graph.width(layer, "in", kept), graph.width(layer, "out", kept)
 
 
 def _bits_of(space: SearchSpace, layer: str) -> tuple[int, ...]:

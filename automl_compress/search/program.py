@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from automl_compress.core.graph import End
+
 Vector = NDArray[np.float64]
 _GRID = 32
 
@@ -19,7 +21,7 @@ class Side:
     """A layer's input, output, or both at once: the groups on it and the widths it may take, one number per end."""
 
     groups: tuple[str, ...]
-    ends: tuple[str, ...]
+    ends: tuple[End, ...]
     widths: tuple[tuple[int, ...], ...]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from automl_compress.core.budget import Provenance
-from automl_compress.core.graph import Graph, Layer
+from automl_compress.core.graph import End, Graph, Layer
 from automl_compress.core.plan import Plan
 
 _LEAST_CERTAIN_FIRST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
@@ -83,24 +83,13 @@ def least_certain(found: Iterable[Provenance]) -> Provenance:
     return next((p for p in _LEAST_CERTAIN_FIRST if p in known), "measured")
 
 
-def channel_copies(graph: Graph, layer: Layer, group: str, side: str) -> int:
-    """How many of the layer's input or output channels (`side` 'in' or 'out') one channel of the group stands for.
+def channel_copies(graph: Graph, layer: Layer, group: str, side: End) -> int:
+    """How many of the layer's input or output channels one channel of the group stands for.
 
-    More than one where a convolution's channel is flattened to several columns of a linear layer.
+    More than one where a convolution's channel is flattened to several columns of a linear layer, or where it is a
+    head.
     """
-    dim = layer.in_axis if side == "in" else layer.out_axis
-    for place in graph.group[group].places:
-        if place.tensor == layer.weight and place.dim == dim:
-            return len(place.positions[0])
-    return 0
-
-
-def layer_width(graph: Graph, layer: Layer, side: str, kept: Mapping[str, int]) -> int:
-    """The layer's remaining input or output channels when each group keeps `kept[group]` channels (absent: all)."""
-    groups = layer.in_groups if side == "in" else layer.out_groups
-    full = layer.in_channels if side == "in" else layer.out_channels
-    removed = {g: graph.group[g].size - kept[g] for g in groups if g in kept}
-    return full - sum(count * channel_copies(graph, layer, g, side) for g, count in removed.items())
+    return graph.width(layer, side, {}) - graph.width(layer, side, {group: graph.group[group].size - 1})
 
 
 def _distance(shape: Shape, other: Shape) -> float:

@@ -43,12 +43,6 @@ def test_what_others_took_is_all_that_was_busy_without_the_measuring_process() -
     assert found["steal"] == pytest.approx(0.05)
 
 
-def test_shares_of_an_instant_are_not_given() -> None:
-    before = moment(100, 1.0, stat((50, 100, 0), (20, 80, 0), (30, 20, 0)))
-    after = moment(100.1, 1.0, stat((50.1, 100, 0), (20, 80, 0), (30.1, 20, 0)))
-    assert "pinned_others_busy" not in conditions(before, after)
-
-
 def test_a_clock_counts_at_its_lower_and_throttling_by_what_was_added() -> None:
     text = stat((0, 0, 0), (0, 0, 0), (0, 0, 0))
     before = moment(0, 0, text, khz=2_000_000, thermal_throttles=4, throttled_seconds=1.5)

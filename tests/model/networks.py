@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from automl_compress.core.graph import Graph
 
 
 class Residual(nn.Module):
@@ -64,7 +69,7 @@ class Concatenated(nn.Module):
 
 
 class Padded(nn.Module):
-    """A zero-padded shortcut: the model's code says how many channels there are, so the stem must stay whole."""
+    """A zero-padded shortcut: the stem's channels lie amid the sum's. How many are padded is in the code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,18 +108,32 @@ class Tied(nn.Module):
 
 
 class Odd(nn.Module):
-    """An operator that mixes channels in a way that no rule describes."""
+    """An operator that no rule describes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.cumsum(self.conv(x), dim=1).mean((2, 3)))
+        return self.head(torch.logit(self.conv(x), eps=0.1).cummax(dim=1).values.mean((2, 3)))
 
 
 NETWORKS = {network.__name__: network for network in (ResNet, Flattened, Concatenated, Padded, HardWired, Tied, Odd)}
 INPUT = (2, 3, 8, 8)
+
+
+def silenced(model: nn.Module, graph: Graph, removed: Mapping[str, Iterable[int]]) -> nn.Module:
+    """A copy of full size in which no layer reads the removed channels; for groups that only layers read."""
+    result = copy.deepcopy(model)
+    tensors = dict(result.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, channels in removed.items():
+            gone = list(channels)
+            for place in graph.group[name].places:
+                if place.role == "consumer":
+                    index = torch.tensor([p for c in gone for p in place.positions[c]], dtype=torch.long)
+                    tensors[place.tensor].index_fill_(place.dim, index, 0)
+    return result
 
 
 def make(name: str, seed: int = 0) -> nn.Module:

@@ -9,7 +9,7 @@ from automl_compress.core.graph import Block, ChannelGroup, Graph, Layer, Place
 from automl_compress.core.plan import Plan
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.space import SearchSpace, resolve
-from automl_compress.search.table import AdditiveTable, LayerCost, layer_width
+from automl_compress.search.table import AdditiveTable, LayerCost
 
 NATIVE = {"conv": (8, 32), "linear": (8, 32)}
 
@@ -103,7 +103,7 @@ def _widths(space: SearchSpace, graph: Graph, layer: Layer, side: str) -> list[i
         size = graph.group[name].size
         kept = {Plan(sparsity={name: float(s)}).kept_count(name, size) for s in space.options(f"sparsity.{name}")}
         cases = [{**case, name: count} for case in cases for count in sorted(kept or {size})]
-    return sorted({layer_width(graph, layer, side, case) for case in cases})
+    return sorted({graph.width(layer, side, case) for case in cases})
 
 
 def depthwise(size: int = 8) -> Graph:

@@ -15,7 +15,6 @@ from automl_compress.search.pricing import (
     random_plan,
     uniform_bits,
 )
-from automl_compress.search.table import layer_width
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS
 from tests.search import campaigns, networks
 
@@ -43,7 +42,7 @@ def _widths(groups, layer, side):  # type: ignore[no-untyped-def]
     kept = {
         Plan(sparsity={groups[0]: float(s)}).kept_count(groups[0], size) for s in SPACE.options(f"sparsity.{groups[0]}")
     }
-    return [layer_width(GRAPH, layer, side, {groups[0]: count}) for count in kept]
+    return [GRAPH.width(layer, side, {groups[0]: count}) for count in kept]
 
 
 def test_the_first_variant_is_the_original_and_the_second_wholly_quantized() -> None:
