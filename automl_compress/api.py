@@ -30,7 +30,7 @@ from automl_compress.search.campaign import Campaign
 from automl_compress.search.deliver import Verified, final_metric, verify
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.finalists import baselines, climb, finalists, within_budget
-from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild
+from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild, stored_quantization
 from automl_compress.search.sampler import SAMPLERS
 from automl_compress.search.settings import Settings, effective_config, reproduce
 from automl_compress.search.space import load_space, offered_bits, resolve
@@ -162,7 +162,8 @@ def replay(
     bench = Workbench(loaded, graph)
     plan, ranges, bench.executions = read_plan(plan_path, bench)
     target = Path(output) if output else run / "replayed.onnx"
-    onnx.save(bench.export(rebuild(bench, plan, weights_path), plan, ranges), target)
+    found = stored_quantization(weights_path, ranges)
+    onnx.save(bench.export(rebuild(bench, plan, weights_path), plan, found), target)
     return target
 
 

@@ -7,7 +7,7 @@ the runtime, quantized layers included: what is compared in the search is what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -24,14 +24,15 @@ from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task, check_labels
 from automl_compress.search.student import REPAIR_SAMPLES, Outputs, Students, distance
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
-from automl_compress.techniques.quantization.calibrate import activation_tensors, calibrate
+from automl_compress.techniques.quantization.calibrate import activation_tensors
+from automl_compress.techniques.quantization.fake_quant import FakeQuantized
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
-from automl_compress.techniques.quantization.rewrite import quantize
+from automl_compress.techniques.quantization.tune import Calibration, Quantization, quantized, tune
 
 CALIBRATION_SAMPLES = 512
+_JUDGED = 256
 TRAIN_SAMPLES = 1024
 ONE_SHOT_SAMPLES = 2048
-Ranges = Mapping[str, tuple[float, float]]
 
 
 class Workbench:
@@ -51,6 +52,7 @@ class Workbench:
         self.task, self.graph, self.importance, self.seed = task, graph, importance, seed
         self.executions = executions
         self._threads, self._repair_samples = threads, repair_samples
+        self._unseen_reference: list[Outputs] | None = None
         self.teacher = copy_model(task.model).cpu().float().eval()
 
     @cached_property
@@ -105,11 +107,11 @@ class Workbench:
         return head(self.samples, CALIBRATION_SAMPLES)
 
     @cached_property
-    def _original_ranges(self) -> Ranges:
-        """Activation ranges of the original for every tensor that some plan quantizes."""
-        bits = {layer.name: 8 for layer in self.graph.layers}
-        tensors = activation_tensors(self.original, bits)  # 8 bits run in integers by default
-        return calibrate(self.original, self._feeds(self._calibration), tensors)
+    def _original_calibration(self) -> Calibration:
+        """What one pass over calibration samples shows of the original; serves every plan that keeps its structure."""
+        found = Calibration(self.original, self._feeds(self._calibration), self.executions)
+        found.watch(activation_tensors(self.original, {layer.name: 8 for layer in self.graph.layers}))
+        return found
 
     def student(self, plan: Plan) -> tuple[nn.Module, Plan]:
         """The plan's model without any training, and the plan with its channels selected.
@@ -123,21 +125,33 @@ class Workbench:
         """The plan's ONNX model with the right shapes and operators but without repair: enough to predict its cost."""
         plan = select_channels(self.graph, plan, self.ranking)
         model = self.template.fill(apply_plan(self.teacher, self.graph, plan), plan)
-        return self._quantized(model, plan, self._original_ranges)
+        ranges = self._original_calibration.ranges()
+        return quantized(model, _low_bits(plan), Quantization(ranges=ranges), self.executions, draft=True)
 
-    def export(self, model: nn.Module, plan: Plan, ranges: Ranges | None = None) -> onnx.ModelProto:
-        """The finished ONNX model: layers with fewer than 32 bits quantized with `ranges`, by default those of
-        training samples."""
+    def export(self, model: nn.Module, plan: Plan, found: Quantization | None = None) -> onnx.ModelProto:
+        """The finished ONNX model; layers with fewer than 32 bits as `found` says, by default after calibration."""
         filled = self.template.fill(model, plan)
-        return self._quantized(filled, plan, self.ranges(model, plan) if ranges is None else ranges)
+        known = self.quantization(model, plan) if found is None else found
+        return quantized(filled, _low_bits(plan), known, self.executions)
 
-    def ranges(self, model: nn.Module, plan: Plan) -> Ranges:
-        """Value name -> (low, high) of every activation that the plan quantizes, from training samples."""
+    def quantization(self, model: nn.Module, plan: Plan, *, thorough: bool = False) -> Quantization:
+        """What calibration on training samples decides for the plan's layers with fewer than 32 bits.
+
+        `thorough` tries several ways and keeps the one that is nearest to the original on other training samples.
+        """
         bits = _low_bits(plan)
         if not bits:
-            return {}
-        filled = self.template.fill(model, plan)
-        return calibrate(filled, self._feeds(self._calibration), activation_tensors(filled, bits, self.executions))
+            return Quantization()
+        return tune(self._calibration_of(model, plan), bits, self._unseen_distortion if thorough else None)
+
+    def trainable(self, model: nn.Module, plan: Plan, found: Quantization) -> FakeQuantized:
+        """The plan's quantized model as one that can be trained. Raises ExportError if an operator prevents it."""
+        return FakeQuantized(self.template.fill(model, plan), _low_bits(plan), found, self.executions)
+
+    def _calibration_of(self, model: nn.Module, plan: Plan) -> Calibration:
+        if not plan.kept and not plan.drop and _same(model, self.teacher):
+            return self._original_calibration
+        return Calibration(self.template.fill(model, plan), self._feeds(self._calibration), self.executions)
 
     def one_shot(self, plan: Plan) -> float:
         """The metric on validation samples after pruning, repair and quantization, without training."""
@@ -164,9 +178,16 @@ class Workbench:
         outputs = self._outputs(model, head(self._calibration, 256))
         return distance(outputs, self._reference[: len(outputs)], self.task.classifies)
 
-    def _quantized(self, model: onnx.ModelProto, plan: Plan, ranges: Ranges) -> onnx.ModelProto:
-        bits = _low_bits(plan)
-        return quantize(model, bits, ranges, executions=self.executions) if bits else model
+    @cached_property
+    def _unseen(self) -> list[Inputs]:
+        """Training samples that calibration has not seen; where there are too few, the last ones that it has."""
+        return tail(self.samples, max(_JUDGED, sum(len(part[0]) for part in self.samples) - CALIBRATION_SAMPLES))
+
+    def _unseen_distortion(self, model: onnx.ModelProto) -> float:
+        inputs = head(self._unseen, _JUDGED)
+        if self._unseen_reference is None:
+            self._unseen_reference = self._outputs(self.original, inputs)
+        return distance(self._outputs(model, inputs), self._unseen_reference, self.task.classifies)
 
     def _outputs(self, model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[Outputs]:
         session = OnnxModel(model, self._threads)
@@ -179,6 +200,12 @@ class Workbench:
 
 def _low_bits(plan: Plan) -> dict[str, int]:
     return {layer: bits for layer, bits in plan.bits.items() if bits != FULL_BITS}
+
+
+def _same(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models hold the same numbers."""
+    one, two = model.state_dict(), other.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def _limited(task: Task, split: str, samples: int) -> list[tuple[Inputs, Tensor]]:
@@ -209,4 +236,16 @@ def head(batches: Sequence[Inputs], samples: int) -> list[Inputs]:
             break
         result.append(tuple(part[:left] for part in inputs))
         left -= len(inputs[0])
+    return result
+
+
+def tail(batches: Sequence[Inputs], samples: int) -> list[Inputs]:
+    """The last `samples` rows of a list of batches."""
+    skipped = max(0, sum(len(inputs[0]) for inputs in batches) - samples)
+    result = []
+    for inputs in batches:
+        rows = len(inputs[0])
+        if skipped < rows:
+            result.append(tuple(part[skipped:] for part in inputs))
+        skipped = max(0, skipped - rows)
     return result

@@ -7,6 +7,8 @@ the run folder, plan by plan, so that a run that was stopped trains nothing twic
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from automl_compress.core.plan import Plan
+from automl_compress.core.masks import NO_MASK
+from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.run_folder import RunFolder
-from automl_compress.errors import PlanError, RunFolderError
-from automl_compress.search.evaluate import Ranges, Workbench
-from automl_compress.techniques.distill import Schedule, Step, distill
+from automl_compress.errors import ExportError, PlanError, RunFolderError
+from automl_compress.search.evaluate import Workbench
+from automl_compress.techniques.distill import Schedule, Step, TrainingLog, distill
 from automl_compress.techniques.prune import apply_plan
+from automl_compress.techniques.quantization.files import PREFIX, from_tensors, to_tensors
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
+from automl_compress.techniques.quantization.tune import Limits, Quantization
 from automl_compress.techniques.sparsify import held_masks
 
 SHORT_SHARE = 1 / 6
+FULL = "full"
+# Training with rounding starts from a distilled model: less of it, and at a smaller rate, since batch-norms are folded.
+ROUNDING_SHARE = 1 / 3
+ROUNDING_RATE = 1 / 4
 SURVIVORS = 4
 
 
@@ -33,12 +42,13 @@ class Candidate:
     """A plan's recovered model: its selected channels, activation ranges, validation metric, weights and ONNX file."""
 
     plan: Plan
-    ranges: Ranges
+    ranges: Mapping[str, Limits]
     metric: float
     weights: Path
     onnx: Path
     losses: tuple[float, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def model(self, bench: Workbench) -> nn.Module:
         """The PyTorch model, rebuilt from the original, the plan and the weights."""
@@ -46,16 +56,28 @@ class Candidate:
 
 
 def rebuild(bench: Workbench, plan: Plan, weights: Path) -> nn.Module:
-    """The PyTorch model of a plan with selected channels and stored weights. Raises PlanError if they don't fit."""
+    """The PyTorch model of a plan with selected channels and stored weights, in floating point.
+
+    Raises PlanError if they don't fit.
+    """
     model = apply_plan(bench.teacher, bench.graph, plan)
     try:
-        model.load_state_dict(load_file(weights))
+        stored = load_file(weights)
+        model.load_state_dict({name: value for name, value in stored.items() if not name.startswith(PREFIX)})
     except (RuntimeError, OSError, SafetensorError) as error:
         raise PlanError(f"{weights}: doesn't fit the plan ({str(error).splitlines()[0]})") from error
     return model.eval()
 
 
-def read_plan(path: Path, bench: Workbench) -> tuple[Plan, Ranges, Executions]:
+def stored_quantization(weights: Path, ranges: Mapping[str, Limits]) -> Quantization:
+    """What a candidate's weights' file holds about its integers, with its ranges. Raises PlanError."""
+    try:
+        return from_tensors(load_file(weights), ranges)
+    except (OSError, SafetensorError) as error:
+        raise PlanError(f"{weights}: can't be read ({str(error).splitlines()[0]})") from error
+
+
+def read_plan(path: Path, bench: Workbench) -> tuple[Plan, dict[str, Limits], Executions]:
     """A delivered plan file, checked against the model, the ranges of its activations, and how its device runs each
     bit-width. Raises PlanError."""
     try:
@@ -95,35 +117,39 @@ class Recovery:
         known = self._load(name, schedule)
         if known is not None:
             return known
-        model, full = self._bench.student(plan)
-        ranges = self._bench.ranges(model, full)
-        exported = self._bench.export(model, full, ranges)
-        metric, seconds = self._bench.metric(exported, "validation"), 0.0
+        bench = self._bench
+        model, full = bench.student(plan)
+        found = bench.quantization(model, full, thorough=rung == FULL)
+        exported = bench.export(model, full, found)
+        metric, seconds = bench.metric(exported, "validation"), 0.0
         losses: tuple[float, ...] = ()
         if schedule.epochs > 0:
+            masks = held_masks(model, bench.graph, full)
             log = distill(
-                model,
-                self._bench.teacher,
-                self._bench.task,
-                schedule,
-                seed=self._bench.seed,
-                masks=held_masks(model, self._bench.graph, full),
-                on_step=on_step,
+                model, bench.teacher, bench.task, schedule, seed=bench.seed, masks=masks, on_step=on_step
             )
             losses, seconds = log.losses, log.seconds
-            new_ranges = self._bench.ranges(model, full)
-            trained = self._bench.export(model, full, new_ranges)
-            reached = self._bench.metric(trained, "validation")
+            better = bench.quantization(model, full, thorough=rung == FULL)
+            trained = bench.export(model, full, better)
+            reached = bench.metric(trained, "validation")
+            if rung == FULL and reached < self._unrounded(model, full):
+                learned, log = self._with_rounding(model, full, better, schedule, on_step)
+                rounded = bench.export(model, full, learned)
+                after = bench.metric(rounded, "validation")
+                seconds += log.seconds
+                if after > reached:
+                    better, trained, reached, losses = learned, rounded, after, (*losses, *log.losses)
             if reached >= metric:
-                exported, metric, ranges = trained, reached, new_ranges
+                exported, metric, found = trained, reached, better
             else:  # a schedule that is too short or too hot can undo what the one-shot repair had reached
-                model, full = self._bench.student(plan)
-        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+                model, full = bench.student(plan)
+        state = {key: value.contiguous() for key, value in model.state_dict().items()} | to_tensors(found)
         weights = self._folder.write_bytes(f"{name}.safetensors", save(_apart(state)))
         path = self._folder.write_bytes(f"{name}.onnx", exported.SerializeToString())
         record = {
             "plan": full.to_json(self._bench.graph),
-            "ranges": {value: list(limits) for value, limits in ranges.items()},
+            "ranges": {value: list(limits) for value, limits in found.ranges.items()},
+            "notes": list(found.notes),
             "metric": metric,
             "losses": list(losses),
             "seconds": seconds,
@@ -132,13 +158,38 @@ class Recovery:
         self._folder.write_json(f"{name}.json", record)  # last: its presence says that the others are complete
         return Candidate(
             plan=full,
-            ranges=ranges,
+            ranges=found.ranges,
+            notes=found.notes,
             metric=metric,
             weights=weights,
             onnx=path,
             losses=losses,
             seconds=seconds,
         )
+
+    def _unrounded(self, model: nn.Module, plan: Plan) -> float:
+        """The metric on validation data before quantization; training with rounding can win back what lies between."""
+        if all(bits == FULL_BITS for bits in plan.bits.values()):
+            return -math.inf
+        return self._bench.metric(self._bench.export(model, replace(plan, bits={})), "validation")
+
+    def _with_rounding(
+        self, model: nn.Module, plan: Plan, found: Quantization, schedule: Schedule, on_step: Step | None
+    ) -> tuple[Quantization, TrainingLog]:
+        """The last part of distillation, with rounding and learned scales; nothing where the graph doesn't allow it."""
+        bench = self._bench
+        try:
+            student = bench.trainable(model, plan, found)
+        except ExportError as error:
+            note = f"no training with rounding: {error}"
+            return replace(found, notes=(*found.notes, note)), TrainingLog(losses=(), images=0, seconds=0.0)
+        rounding = replace(
+            schedule, epochs=schedule.epochs * ROUNDING_SHARE, learning_rate=schedule.learning_rate * ROUNDING_RATE
+        )
+        masks = student.zeros(layer for layer, mask in plan.masks.items() if mask != NO_MASK)
+        log = distill(student, bench.teacher, bench.task, rounding, seed=bench.seed, masks=masks, on_step=on_step)
+        note = f"scales and weights trained with rounding for {rounding.epochs:g} epochs"
+        return replace(student.quantization(), notes=(*found.notes, note)), log
 
     def _load(self, name: str, schedule: Schedule) -> Candidate | None:
         record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
@@ -148,6 +199,7 @@ class Recovery:
             return Candidate(
                 plan=Plan.from_json(record["plan"], self._bench.graph),
                 ranges={value: (float(low), float(high)) for value, (low, high) in record["ranges"].items()},
+                notes=tuple(record.get("notes", ())),
                 metric=float(record["metric"]),
                 weights=self._folder.file(*f"{name}.safetensors".split("/")),
                 onnx=self._folder.file(*f"{name}.onnx".split("/")),

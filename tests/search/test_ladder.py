@@ -16,7 +16,15 @@ from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import PlanError, RunFolderError
 from automl_compress.model.task import accuracy
-from automl_compress.search.ladder import SHORT_SHARE, Candidate, Recovery, read_plan, rebuild, short
+from automl_compress.search.ladder import (
+    SHORT_SHARE,
+    Candidate,
+    Recovery,
+    read_plan,
+    rebuild,
+    short,
+    stored_quantization,
+)
 from automl_compress.techniques.distill import Schedule
 from tests.search import campaigns
 
@@ -48,7 +56,7 @@ def measured(path: Path) -> float:
 
 def test_a_candidates_metric_is_that_of_its_file(folder: RunFolder) -> None:
     candidate, steps = recover(folder)
-    assert steps == 4
+    assert steps >= 4  # and those with rounding, where rounding costs quality
     assert candidate.metric == pytest.approx(measured(candidate.onnx), abs=1e-6)
     assert candidate.plan.kept
     assert candidate.plan.key == PLAN.key
@@ -77,7 +85,7 @@ def test_what_a_kill_left_behind_is_made_again(folder: RunFolder, gone: str) -> 
         first.weights.write_bytes(first.weights.read_bytes()[:100])
         first.onnx.write_bytes(b"")
     again, steps = recover(folder)
-    assert steps == 4
+    assert steps >= 4
     assert again.metric == first.metric
     assert rebuild(campaigns.bench(), again.plan, again.weights) is not None
 
@@ -136,3 +144,15 @@ def test_a_damaged_record_is_named(folder: RunFolder) -> None:
 def test_the_short_rung_trains_a_share_of_the_full_one() -> None:
     assert short(SCHEDULE).epochs == pytest.approx(SCHEDULE.epochs * SHORT_SHARE)
     assert short(SCHEDULE).learning_rate == SCHEDULE.learning_rate
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_delivered_file_is_made_again_from_what_is_stored(folder: RunFolder, bits: int) -> None:
+    plan = Plan(sparsity={"block.conv1": 0.5}, bits=dict.fromkeys(campaigns.graph().layer, bits))
+    candidate, _ = recover(folder, plan)
+    bench = campaigns.bench()
+    found = stored_quantization(candidate.weights, candidate.ranges)
+    again = bench.export(rebuild(bench, candidate.plan, candidate.weights), candidate.plan, found)
+    assert again.SerializeToString(deterministic=True) == onnx.load(candidate.onnx).SerializeToString(
+        deterministic=True
+    )

@@ -12,7 +12,7 @@ from onnx import helper
 from automl_compress.errors import ExportError, InputError
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.placement import place
-from automl_compress.techniques.quantization.ranges import RangeObserver
+from automl_compress.techniques.quantization.ranges import PERCENTILE, RangeObserver
 
 _ROWS_AT_ONCE = 32
 
@@ -34,24 +34,36 @@ def calibrate(
     batches: Iterable[Mapping[str, np.ndarray]],
     tensors: Sequence[str],
     *,
-    percentile: float = 99.999,
+    percentile: float = PERCENTILE,
 ) -> dict[str, tuple[float, float]]:
     """Run the float model over `batches` (input name -> array) and return value -> (low, high).
 
     `percentile` 100 takes the lowest and highest value seen; below, that percentage of all values lies within.
-    ResNet-20 on CIFAR-10 is closest to the float model at the default, and far from it at 99.9. Only a few samples'
-    values are held in memory at a time.
-    Raises InputError if there are no batches or a value is NaN or infinite.
+    ResNet-20 on CIFAR-10 is closest to the float model at the default, and far from it at 99.9. Raises what `observe`
+    does.
+    """
+    observers = observe(model, batches, tensors)
+    return {name: observer.range("percentile", percentile) for name, observer in observers.items()}
+
+
+def observe(
+    model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]], tensors: Sequence[str]
+) -> dict[str, RangeObserver]:
+    """Run the float model over `batches` (input name -> array); value -> what was seen of it.
+
+    Only a few samples' values are held in memory at a time.
+    Raises InputError if there are no batches, an input has a wrong shape, or a value is NaN or infinite.
     """
     if not tensors:
         return {}
     session = _session_with_outputs(model, tensors)
     free = not isinstance(session.get_inputs()[0].shape[0], int)
-    observers = {name: RangeObserver(percentile) for name in tensors}
+    observers = {name: RangeObserver() for name in tensors}
     seen = 0
     for batch in batches:
+        _check(session, batch)
         rows = len(next(iter(batch.values())))
-        step = _ROWS_AT_ONCE if free else max(rows, 1)
+        step = _ROWS_AT_ONCE if free else 1
         for start in range(0, rows, step):
             part = {name: np.ascontiguousarray(array[start : start + step]) for name, array in batch.items()}
             for name, values in zip(tensors, session.run(list(tensors), part), strict=True):
@@ -61,7 +73,23 @@ def calibrate(
         seen += rows
     if not seen:
         raise InputError("calibration: there are no samples; give training data with at least one batch")
-    return {name: observer.range() for name, observer in observers.items()}
+    return observers
+
+
+def _check(session: onnxruntime.InferenceSession, batch: Mapping[str, np.ndarray]) -> None:
+    """Raise InputError where a batch doesn't fit the model's inputs."""
+    for item in session.get_inputs():
+        if item.name not in batch:
+            raise InputError(f"calibration: a batch lacks input {item.name!r}; it has {', '.join(batch) or 'nothing'}")
+        found, wanted = batch[item.name].shape, tuple(item.shape)
+        fits = len(found) == len(wanted) and all(
+            f == w or not isinstance(w, int) for f, w in zip(found[1:], wanted[1:], strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"calibration: input {item.name!r} has shape {list(found)}, the model takes {list(wanted)}; "
+                f"give samples of the task's own shape"
+            )
 
 
 def _session_with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:

@@ -36,12 +36,15 @@ def quantize(
     *,
     weights: Mapping[str, QuantizedWeight] | None = None,
     executions: Executions = DEFAULT_EXECUTIONS,
+    draft: bool = False,
 ) -> onnx.ModelProto:
     """The model with the layers of `bits` (layer -> bit-width) in fewer bits; `model` itself is not changed.
 
     ranges      value -> (low, high) for every value that `activation_tensors` lists
     weights     layer -> its integers, where they are already known; others are rounded to the nearest
     executions  how the device runs each kind of layer at each bit-width, which decides about the format
+
+    draft       whether only the structure counts: weights are rounded without care
 
     Node names of layers, inputs and outputs stay. Raises PlanError for an unsupported bit-width and InputError for a
     missing range.
@@ -54,7 +57,7 @@ def quantize(
     missing = [value for value in placement.roots if value not in ranges]
     if missing:
         raise InputError(f"quantization: {len(missing)} values have no range, like {missing[0]!r}; calibrate first")
-    opset = _Rewriter(result.graph, placement, bits, ranges, weights or {}, executions).run()
+    opset = _Rewriter(result.graph, placement, bits, ranges, weights or {}, executions, draft).run()
     _raise_opset(result, opset)
     return result
 
@@ -78,6 +81,7 @@ class _Rewriter:
         ranges: Mapping[str, tuple[float, float]],
         weights: Mapping[str, QuantizedWeight],
         executions: Executions,
+        draft: bool,
     ) -> None:
         self.graph = graph
         self.view = GraphView(graph)
@@ -86,7 +90,7 @@ class _Rewriter:
         self.scales = {value: scale_and_zero_point(*self._within(value, ranges[value])) for value in placement.roots}
         self.new: list[onnx.NodeProto] = []
         self.constants = Constants()
-        self.writer = LayerWriter(self.view, self.constants, weights)
+        self.writer = LayerWriter(self.view, self.constants, weights, draft=draft)
         self.sources = {source: value for value, source in placement.roots.items()}
         self.dequantized: set[str] = set()
 

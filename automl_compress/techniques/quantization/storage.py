@@ -52,9 +52,10 @@ class Constants:
 class LayerWriter:
     """Turns layers' nodes into those of their formats; `opset` is the lowest that what was written needs."""
 
-    def __init__(self, view: GraphView, constants: Constants, weights: Mapping[str, QuantizedWeight]) -> None:
-        self._view, self._constants, self._weights = view, constants, weights
-        self._written: set[str] = set()
+    def __init__(
+        self, view: GraphView, constants: Constants, weights: Mapping[str, QuantizedWeight], *, draft: bool = False
+    ) -> None:
+        self._view, self._constants, self._weights, self._draft = view, constants, weights, draft
         self.opset = 0
 
     def integer(self, node: onnx.NodeProto, bits: int, inputs: list[str], input_scale: float) -> list[onnx.NodeProto]:
@@ -157,7 +158,7 @@ class LayerWriter:
         self, node: onnx.NodeProto, weight: np.ndarray, axis: int, bits: int, form: Format
     ) -> QuantizedWeight:
         known = self._weights.get(layer_of(node.name))
-        return known if known is not None else nearest(as_matrix(weight, axis), bits, form)
+        return known if known is not None else nearest(as_matrix(weight, axis), bits, form, draft=self._draft)
 
     def _weight(self, node: onnx.NodeProto) -> tuple[np.ndarray, int]:
         axis, weight = weight_axis(node, self._view), self._view.constant(node.input[1])

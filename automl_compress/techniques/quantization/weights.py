@@ -6,6 +6,7 @@ a scale and a zero point for each block of input channels of each output channel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ _TYPES = {
     (8, False): onnx.TensorProto.UINT8,
 }
 # Fractions of a channel's largest weight that are tried as the largest that isn't clipped.
-_SHRINK = tuple(np.linspace(1.0, 0.3, 29))
+SHRINKS = tuple(np.linspace(1.0, 0.3, 29))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +72,27 @@ def block_of(inputs: int, bits: int) -> int:
     return block
 
 
-def nearest(weight: Array, bits: int, form: Format, importance: Array | None = None) -> QuantizedWeight:
+def nearest(
+    weight: Array, bits: int, form: Format, importance: Array | None = None, *, draft: bool = False
+) -> QuantizedWeight:
     """Every weight [outputs, inputs] at the nearest integer, with the scales that lose least.
 
-    `importance` weighs the squared errors of inputs [inputs]: their mean squares, where calibration has seen them.
+    `importance` weighs the squared errors of inputs [inputs]: their mean squares, where calibration has seen them. A
+    `draft` clips nothing and takes no search: enough where only the integers' number and type count.
     """
     weight = weight.astype(np.float32)
+    shrinks = (1.0,) if draft or bits == 8 else SHRINKS
     if form == "blocks":
-        return _nearest_by_block(weight, bits, importance)
-    scales = channel_scales(weight, bits, importance)
+        return _nearest_by_block(weight, bits, importance, shrinks)
+    scales = channel_scales(weight, bits, importance, shrinks)
     low, high = limits(bits)
     integers = np.clip(np.rint(weight / scales[:, None]), low, high).astype(np.int16)
     return QuantizedWeight(bits=bits, integers=integers, scales=scales)
 
 
-def channel_scales(weight: Array, bits: int, importance: Array | None = None) -> Array:
+def channel_scales(
+    weight: Array, bits: int, importance: Array | None = None, shrinks: Sequence[float] = SHRINKS
+) -> Array:
     """Symmetric scale [outputs] of each channel of `weight` [outputs, inputs].
 
     With 8 bits nothing is clipped. With fewer, the least squared error over a grid of clippings decides.
@@ -96,7 +103,7 @@ def channel_scales(weight: Array, bits: int, importance: Array | None = None) ->
         return positive(largest / high)
     best_error = np.full(len(weight), np.inf)
     best = positive(largest / high)
-    for shrink in _SHRINK:
+    for shrink in shrinks:
         # The lowest integer has no counterpart on the other side, so a little more than the largest weight may count.
         scales = positive(largest * shrink / (high + 0.5))
         errors = np.clip(np.rint(weight / scales[:, None]), low, high) * scales[:, None] - weight
@@ -107,18 +114,23 @@ def channel_scales(weight: Array, bits: int, importance: Array | None = None) ->
 
 
 def positive(scales: NDArray[np.float64]) -> Array:
-    """Scales as float32, with 1 in place of what is (nearly) zero: a channel without weights."""
+    """Scales as float32, with a small one in place of (nearly) zero: that of a channel without weights.
+
+    Small, since a bias is rounded to multiples of input scale x weight scale.
+    """
     result = scales.astype(np.float32)
-    return np.where(result < 1e-20, np.float32(1.0), result).astype(np.float32)
+    return np.where(result < 1e-20, np.float32(1e-8), result).astype(np.float32)
 
 
-def block_parameters(part: Array, bits: int, importance: Array | None = None) -> tuple[Array, Integers]:
+def block_parameters(
+    part: Array, bits: int, importance: Array | None = None, shrinks: Sequence[float] = SHRINKS
+) -> tuple[Array, Integers]:
     """Scale and zero point [outputs] for one block of inputs [outputs, block], by the least squared error."""
     high = 2**bits - 1
     lowest, highest = np.minimum(part.min(axis=1), 0), np.maximum(part.max(axis=1), 0)
     best_error = np.full(len(part), np.inf)
     best = (np.ones(len(part), np.float32), np.zeros(len(part), np.int16))
-    for shrink in _SHRINK if bits < 8 else (1.0,):
+    for shrink in shrinks if bits < 8 else (1.0,):
         scales = positive((highest - lowest).astype(np.float64) * shrink / high)
         zeros = np.clip(np.rint(-lowest * shrink / scales), 0, high).astype(np.int16)
         steps = np.clip(np.rint(part / scales[:, None]) + zeros[:, None], 0, high) - zeros[:, None]
@@ -130,14 +142,14 @@ def block_parameters(part: Array, bits: int, importance: Array | None = None) ->
     return best[0].astype(np.float32), best[1].astype(np.int16)
 
 
-def _nearest_by_block(weight: Array, bits: int, importance: Array | None) -> QuantizedWeight:
+def _nearest_by_block(weight: Array, bits: int, importance: Array | None, shrinks: Sequence[float]) -> QuantizedWeight:
     block = block_of(weight.shape[1], bits)
     integers = np.zeros(weight.shape, np.int16)
     scales, zeros = [], []
     for start in range(0, weight.shape[1], block):
         part = weight[:, start : start + block]
         weights = None if importance is None else importance[start : start + block]
-        scale, zero = block_parameters(part, bits, weights)
+        scale, zero = block_parameters(part, bits, weights, shrinks)
         steps = np.rint(part / scale[:, None]) + zero[:, None]
         integers[:, start : start + block] = np.clip(steps, 0, 2**bits - 1)
         scales.append(scale)
