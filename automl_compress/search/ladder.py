@@ -125,9 +125,7 @@ class Recovery:
         losses: tuple[float, ...] = ()
         if schedule.epochs > 0:
             masks = held_masks(model, bench.graph, full)
-            log = distill(
-                model, bench.teacher, bench.task, schedule, seed=bench.seed, masks=masks, on_step=on_step
-            )
+            log = distill(model, bench.teacher, bench.task, schedule, seed=bench.seed, masks=masks, on_step=on_step)
             losses, seconds = log.losses, log.seconds
             better = bench.quantization(model, full, thorough=rung == FULL)
             trained = bench.export(model, full, better)

@@ -18,7 +18,7 @@ from automl_compress.errors import SpaceError
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.decode import Decoder, options_in_force
 from automl_compress.search.deliver import Verified, verify
-from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild
+from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild, stored_quantization
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sensitivity import single
 from automl_compress.search.space import SearchSpace, resolve
@@ -74,7 +74,8 @@ def test_a_masked_plan_replays_from_its_file_and_weights(learned: Campaign, trai
     path.write_text(json.dumps(plan_file(trained, learned.bench)))
     plan, ranges, _ = read_plan(path, learned.bench)
     assert dict(plan.masks) == MASKS
-    again = learned.bench.export(rebuild(learned.bench, plan, trained.weights), plan, ranges)
+    found = stored_quantization(trained.weights, ranges)
+    again = learned.bench.export(rebuild(learned.bench, plan, trained.weights), plan, found)
     assert again.SerializeToString() == trained.onnx.read_bytes()
 
 
