@@ -18,6 +18,7 @@ from automl_compress.hardware.estimated import EstimatedDevice, device_for
 from automl_compress.hardware.kernels import weight_bytes
 from automl_compress.hardware.measure import measure_variants
 from automl_compress.hardware.profile import DeviceProfile
+from automl_compress.hardware.remote import link_to
 from automl_compress.hardware.roofline import time_us, work_of
 from tests.hardware.simulated import FACTS, SimulatedRuntime, chain
 
@@ -108,6 +109,12 @@ def test_a_profile_of_another_machine_is_used_without_measuring(device: Device, 
 
 def test_this_machines_profile_is_measured(profile: DeviceProfile) -> None:
     assert type(device_for(profile)) is Device
+
+
+def test_who_names_a_device_gets_no_estimate_of_it() -> None:
+    link = link_to("ssh://board")
+    with pytest.raises(ProfileError, match=r"to measure ssh://board use --profile local$"):
+        device_for(find("cortex-a76-2.4ghz"), link=link)
 
 
 def test_the_shipped_profiles_pass_their_own_check() -> None:
