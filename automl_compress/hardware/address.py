@@ -67,9 +67,12 @@ def parse_address(text: str) -> Address:
     """The parts of an ssh:// address. Raises InputError that says which of them is wrong."""
     try:
         parts = urlsplit(text)
-        port = parts.port
     except ValueError as error:
         raise _malformed(text, str(error)) from error
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
     if parts.scheme != "ssh":
         raise _malformed(text, "it is neither 'local' nor an ssh:// address")
     host, user = parts.hostname or "", unquote(parts.username or "")
@@ -81,7 +84,7 @@ def parse_address(text: str) -> Address:
         "there is no host in it": not host,
         f"{host!r} is not a host": bool(host) and not _NAME.fullmatch(host),
         f"{user!r} is not a user": bool(user) and not _NAME.fullmatch(user),
-        "the port must be between 1 and 65535": port == 0,
+        "the port must be a number from 1 to 65535": port == 0,
         "a password can't be given; use a key": parts.password is not None,
         f"{parts.path!r} has no meaning here": parts.path not in ("", "/"),
         f"{parts.fragment!r} has no meaning here": bool(parts.fragment),
@@ -104,7 +107,8 @@ def explain(address: Address, words: str, exit_code: int) -> str:
     if exit_code == SSH_FAILED:
         for sign, text in _SSH_TROUBLES.items():
             if sign in words:
-                told = text.format(words=shlex.join(address.words), host=address.known_as, port=address.port or 22)
+                port = f"port {address.port}" if address.port else "its ssh port"
+                told = text.format(words=shlex.join(address.words), host=address.known_as, port=port)
                 return f"{address}: {told}{said(words)}"
         return f"{address}: ssh failed{said(words)}; try {where}"
     if exit_code in (126, 127):
@@ -128,7 +132,7 @@ _SSH_TROUBLES = {
     "~/.ssh/config",
     "Permission denied": "it refused your key; install it with ssh-copy-id {words}, or load it with ssh-add",
     "Could not resolve hostname": "there is no host of that name; check the address, or ~/.ssh/config",
-    "Connection refused": "nothing answers at port {port}; start sshd there, or name its port",
+    "Connection refused": "nothing answers at {port}; start sshd there, or name its port",
     "timed out": "unreachable; check that it is switched on and connected",
     "No route to host": "unreachable; check that it is switched on and connected",
     "Network is unreachable": "unreachable; check this machine's network",

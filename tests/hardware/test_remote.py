@@ -198,7 +198,7 @@ def test_another_host_key_than_the_known_one(server: Server) -> None:
 def test_an_unreachable_device(server: Server) -> None:
     assert "no host of that name" in refused(server, "ssh://no-such-host.invalid")
     server.stop()
-    assert "nothing answers at port" in refused(server)
+    assert "nothing answers at its ssh port" in refused(server)
 
 
 def test_no_python_there(server: Server) -> None:
