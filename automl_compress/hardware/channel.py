@@ -7,6 +7,7 @@ the other side, and nothing stays there.
 from __future__ import annotations
 
 import io
+import os
 import queue
 import shutil
 import subprocess
@@ -95,6 +96,18 @@ def program() -> bytes:
         for name, source in {"__main__.py": _MAIN.encode(), "measuring/__init__.py": b"", **sources}.items():
             archive.writestr(zipfile.ZipInfo(name), source, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
+
+
+def hold(folder: Path) -> IO[str] | None:
+    """Mark a folder as in use for as long as the file is open, however this process ends; see LOADER."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    own = open(folder / "unlocked", "w")  # noqa: SIM115 - it stays open
+    fcntl.flock(own, fcntl.LOCK_EX)
+    os.rename(own.name, folder / "held")
+    return own
 
 
 def here(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ from onnx import helper
 
 from automl_compress.core.result import Timing
 from automl_compress.errors import DeviceError
-from automl_compress.hardware.channel import Launcher
+from automl_compress.hardware.channel import Launcher, hold
 from automl_compress.hardware.dialogue import LOCAL, SILENCE_S, Dialogue, Link, Notice
 from automl_compress.hardware.executed import RawKernel, read_trace
 from automl_compress.hardware.host import HostFacts
@@ -63,6 +63,7 @@ class Device:
         self.link = replace(link, launch=launch) if launch else link
         self._dialogue = Dialogue(self.link, profile.header.settings(), notice, silence_s)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._held: IO[str] | None = None
         self._saved = 0
         self._empty_bytes: int | None = None
         self._lowered: dict[str, Lowered] = {}
@@ -81,12 +82,15 @@ class Device:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+            if self._held is not None:
+                self._held.close()
 
     @property
     def folder(self) -> Path:
         """A folder for models to measure, removed by `close`."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="automl-compress-")
+            self._held = hold(Path(self._folder.name))
         return Path(self._folder.name)
 
     @contextmanager

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from automl_compress.errors import DeviceError
-from automl_compress.hardware.channel import BOOTSTRAP, LOADER, ProcessChannel, program
+from automl_compress.hardware.channel import BOOTSTRAP, LOADER, ProcessChannel, hold, program
 from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.host import host_facts
@@ -103,13 +103,30 @@ def test_the_process_says_what_the_machine_is(here: Device) -> None:
     assert replace(facts, providers=()) == host_facts()
 
 
-def test_the_process_ends_when_its_input_does_and_leaves_no_file(tmp_path: Path) -> None:
+def start_and_end(folder: Path) -> dict[str, object]:
+    """Run the program without a request, with this folder for temporary files; returns its greeting."""
     code = program()
-    command = [sys.executable, "-c", BOOTSTRAP, str(len(LOADER)), str(len(code)), str(tmp_path)]
+    command = [sys.executable, "-c", BOOTSTRAP, str(len(LOADER)), str(len(code)), str(folder)]
     done = subprocess.run(command, input=LOADER.encode() + code, capture_output=True, timeout=30)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["folder"].startswith(str(tmp_path))
+    return json.loads(done.stdout)
+
+
+def test_the_process_ends_when_its_input_does_and_leaves_no_file(tmp_path: Path) -> None:
+    assert str(start_and_end(tmp_path)["folder"]).startswith(str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_program_left_lying_is_removed_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / "automl-compress-left"
+    left.mkdir()
+    held = hold(left)
+    assert held is not None
+    start_and_end(tmp_path)
+    assert left.is_dir(), "it is still in use"
+    held.close()
+    start_and_end(tmp_path)
+    assert not left.exists()
 
 
 def test_a_measurement_comes_with_its_conditions(here: Device) -> None:
