@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +16,7 @@ from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, 
 from automl_compress.techniques.quantization.placement import place
 from automl_compress.techniques.quantization.ranges import PERCENTILE, RangeObserver
 
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE = 8
 
 
 def activation_tensors(
@@ -93,17 +95,21 @@ def _check(session: onnxruntime.InferenceSession, batch: Mapping[str, np.ndarray
 
 
 def _session_with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    present = {value.name for value in watched.graph.output}
-    watched.graph.output.extend(
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in dict.fromkeys(tensors)
-        if name not in present
-    )
+    """A session whose outputs are the watched values too. The model goes through a file, so that it is held twice, not
+    four times: as it came, and as the session's weights, which are not packed for speed either."""
+    present = [value.name for value in model.graph.output]
+    added = [name for name in dict.fromkeys(tensors) if name not in present]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(f"calibration: ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from error
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    with tempfile.TemporaryDirectory(prefix="automl-compress-") as folder:
+        path = str(Path(folder) / "watched.onnx")
+        model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in added)
+        try:
+            onnx.save(model, path)
+        finally:
+            del model.graph.output[len(present) :]
+        try:
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ExportError(f"calibration: ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from error

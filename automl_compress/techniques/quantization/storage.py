@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,6 +17,8 @@ from automl_compress.techniques.quantization.weights import Array, QuantizedWeig
 
 # With less room than this, an int32 bias would overflow where the sum of products is added to it.
 _BIAS_STEPS = 2.0**30
+# ONNX Runtime 1.32 mixes up 2-bit columns whose number isn't a multiple of this when it packs them for MatMulNBits.
+_COLUMNS = 4
 _LARGEST_HALF = 65504.0
 _OPSETS = {2: 25, 4: 21, 8: 20, 16: 20}
 
@@ -95,23 +98,30 @@ class LayerWriter:
         found = self._quantized(node, weight, axis, bits, "blocks")
         assert found.zeros is not None
         self._need(max(21, _OPSETS[bits]))
-        name = f"{node.name}.weight_dq"
+        outputs = len(found.integers)
+        spare = -outputs % _COLUMNS if bits == 2 else 0
+        if spare:
+            found = _padded(found, spare)
+        assert found.zeros is not None
+        name, product = f"{node.name}.weight_dq", f"{node.output[0]}_product"
         constants = [
             self._constants.add_tensor(packed(f"{node.name}{WEIGHT_SUFFIX}", found.integers.T, bits, signed=False)),
             self._constants.add(f"{node.name}.weight_scale", np.ascontiguousarray(found.scales.T)),
             self._constants.add_tensor(packed(f"{node.name}.weight_zero", found.zeros.T, bits, signed=False)),
         ]
-        new = [
-            helper.make_node("DequantizeLinear", constants, [name], name=name, axis=0, block_size=found.block),
-        ]
-        biased = len(node.input) > 2 and node.input[2]
-        product = f"{node.output[0]}_product" if biased else node.output[0]
-        new.append(helper.make_node("MatMul", [inputs[0], name], [product], name=node.name))
-        if biased:
+        chain = [("MatMul", [inputs[0], name], node.name)]
+        if spare:
+            ends = self._constants.add(f"int_{outputs}", np.array([outputs], np.int64))
+            zero, last = (self._constants.add(f"int_{i}".replace("-", "m"), np.array([i], np.int64)) for i in (0, -1))
+            chain.append(("Slice", ["", zero, ends, last], f"{node.name}/own"))
+        if len(node.input) > 2 and node.input[2]:
             # Product, Add and activation would become one float kernel before the weights are looked at.
-            operator = "Sum" if fused_first(node, self._view) else "Add"
-            added = f"{node.name}/bias"
-            new.append(helper.make_node(operator, [product, node.input[2]], [node.output[0]], name=added))
+            chain.append(("Sum" if fused_first(node, self._view) else "Add", ["", node.input[2]], f"{node.name}/bias"))
+        new = [helper.make_node("DequantizeLinear", constants, [name], name=name, axis=0, block_size=found.block)]
+        for step, (operator, arguments, called) in enumerate(chain):
+            result = node.output[0] if step == len(chain) - 1 else f"{product}{step or ''}"
+            before = new[-1].output[0]
+            new.append(helper.make_node(operator, [value or before for value in arguments], [result], name=called))
         return new
 
     def folded(self, node: onnx.NodeProto, bits: int) -> list[onnx.NodeProto]:
@@ -169,6 +179,18 @@ class LayerWriter:
 
     def _need(self, opset: int) -> None:
         self.opset = max(self.opset, opset)
+
+
+def _padded(found: QuantizedWeight, outputs: int) -> QuantizedWeight:
+    """With so many outputs more, whose weights are zero; by block."""
+    assert found.zeros is not None
+    more = ((0, outputs), (0, 0))
+    return replace(
+        found,
+        integers=np.pad(found.integers, more),
+        scales=np.pad(found.scales, more, constant_values=1.0),
+        zeros=np.pad(found.zeros, more),
+    )
 
 
 def _with_inputs(node: onnx.NodeProto, inputs: list[str]) -> onnx.NodeProto:

@@ -191,7 +191,7 @@ def tune(calibration: Calibration, bits: Mapping[str, int], judge: Judge | None 
     if reached < _PAYS * distance:
         note = f"biases of 8-bit layers corrected: distance from the original {distance:.3g} -> {reached:.3g}"
         best, distance = replace(corrected, notes=(note,)), reached
-    for tensors in _equalisations(calibration, bits):
+    for tensors in equalisations(calibration, bits):
         other = Calibration(with_tensors(model, tensors), calibration.feeds, executions)
         found = other.quantization(bits)
         found = replace(found, tensors={**tensors, **found.tensors})
@@ -219,7 +219,7 @@ def bias_of(node: onnx.NodeProto, view: GraphView, outputs: int) -> str | None:
     return name if own and int(np.prod(view.initializers[name].dims)) == outputs else None
 
 
-def _equalisations(calibration: Calibration, bits: Mapping[str, int]) -> list[dict[str, np.ndarray]]:
+def equalisations(calibration: Calibration, bits: Mapping[str, int]) -> list[dict[str, np.ndarray]]:
     """Changed weights to try: none where no two neighbouring layers of a depthwise network both run in integers."""
     view = calibration.view
     formats = layer_formats(view, bits, calibration.executions)

@@ -57,6 +57,18 @@ def test_weight_only_products_are_fused(bits: int, shape: tuple[int, ...]) -> No
     assert deviation(model, low, data(shape, seed=2)) < TOLERANCE[bits]
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("outputs", [1, 10, 11, 12])
+def test_weight_only_products_of_any_width_compute_what_is_written(bits: int, outputs: int) -> None:
+    """The runtime itself confuses 2-bit columns when their number isn't a multiple of 4."""
+    b = Builder((40,))
+    model, x = b.model(b.gemm("x", "a", 40, outputs)), data((40,), seed=2)
+    low = low_bits(model, {"a": bits}, ALL, data((40,)))
+    found, written = run(low, x), run(low, x, optimize=False)
+    assert "MatMulNBits" in executed(low)
+    assert np.abs(found - written).max() < 0.03 * np.abs(written).max()
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_fewer_bits_than_eight_run_in_integer_kernels(bits: int) -> None:
     model = network()
