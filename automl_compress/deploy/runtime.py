@@ -13,6 +13,10 @@ from automl_compress.errors import ExportError
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3
+_NEW_TYPES = {
+    2: {onnx.TensorProto.INT2, onnx.TensorProto.UINT2},
+    4: {onnx.TensorProto.INT4, onnx.TensorProto.UINT4},
+}
 
 
 class OnnxModel:
@@ -50,7 +54,19 @@ def open_session(model: onnx.ModelProto | Path, options: onnxruntime.SessionOpti
     try:
         return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
     except Exception as error:
-        raise ExportError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
+        raise ExportError(f"ONNX Runtime refuses the model: {first_line(error)}{_way_out(model)}") from error
+
+
+def _way_out(model: onnx.ModelProto | Path) -> str:
+    """What to do where the reason may be a type of numbers that this runtime doesn't know."""
+    if isinstance(model, Path):
+        return ""
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    names = [f"{bits} bits" for bits, types in _NEW_TYPES.items() if kinds & types]
+    if not names:
+        return ""
+    lacking = f"if it lacks {' and '.join(names)}, leave them out of the search space"
+    return f" (onnxruntime {onnxruntime.__version__}; {lacking})"
 
 
 def first_line(error: BaseException) -> str:

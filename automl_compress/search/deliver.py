@@ -97,6 +97,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     # The two ways to compare (median of ratios, ratio of medians) may differ a little: the budget must hold for both.
     delivered = replace(delivered, latency_us=max(delivered.latency_us, delivered.latency_ratio * original.latency_us))
     notes = [f"{layer.layer}: {layer.reason}" for layer in executed if not layer.ok]
+    notes += [f"quantization: {note}" for note in candidate.notes]
     notes += _about_device(device, delivered)
     zeros = zero_shares(trained, bench.graph)
     if masked:

@@ -19,6 +19,7 @@ from automl_compress.deploy.verify import (
     torch_outputs,
 )
 from automl_compress.errors import ExportError
+from automl_compress.techniques.quantization.weights import packed
 
 
 def linear_model(weight: np.ndarray, operator: str = "Gemm") -> onnx.ModelProto:
@@ -120,3 +121,11 @@ def test_refusals_of_the_runtime_are_one_line(weight: np.ndarray) -> None:
     with pytest.raises(ExportError, match="refuses the model") as refused:
         OnnxModel(model)
     assert "\n" not in str(refused.value)
+
+
+def test_a_refusal_names_the_bits_that_the_runtime_may_lack(weight: np.ndarray) -> None:
+    model = linear_model(weight)
+    model.graph.initializer.append(packed("q", np.array([1, -1], np.int16), 2, signed=True))
+    model.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(ExportError, match=r"if it lacks 2 bits, leave them out of the search space"):
+        OnnxModel(model)

@@ -39,7 +39,7 @@ from automl_compress.techniques.quantization.weights import QuantizedWeight, nea
 Feed = Mapping[str, np.ndarray]
 Judge = Callable[[onnx.ModelProto], float]
 Limits = tuple[float, float]
-_SINGLE_VALUES = 12  # how many values may get a rule of their own
+_SINGLE_VALUES = 6  # how many values may get a rule of their own
 _PAYS = 0.99  # of the distance: what is less is noise
 
 
