@@ -74,7 +74,8 @@ def resnet20(folder: Path, quick: bool) -> Figures:
     figures["ours_over_onnxruntime_uint8.latency"] = times["ours"] / times["onnxruntime_uint8"]
     with torch.no_grad():
         student = bench.trainable(bench.teacher, int8, found)
-        trainable = np.concatenate([student(part).numpy() for part in torch.from_numpy(images).split(500)])
+        parts = np.array_split(images, -(-len(images) // 500))
+        trainable = np.concatenate([student(torch.from_numpy(part)).numpy() for part in parts])
     step = float(outputs["ours"].max() - outputs["ours"].min()) / 255
     figures["agreement"] = float((trainable.argmax(1) == outputs["ours"].argmax(1)).mean())
     figures["mean_difference_in_steps"] = float(np.abs(trainable - outputs["ours"]).mean()) / step
@@ -221,7 +222,7 @@ def peak_of(path: Path) -> float:
     model.graph.output.extend(onnx.helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, None) for v in observers)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     activations = sum(part.nbytes for part in session.run(list(observers), {source.name: x}))
-    return peak / (2 * weights + activations + x.nbytes)
+    return float(peak / (2 * weights + activations + x.nbytes))
 
 
 def workbench(task: Any, executions: Any = None) -> Any:

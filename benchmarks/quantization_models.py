@@ -78,7 +78,8 @@ def _trained(model: nn.Module, epochs: int) -> Task:
     labels = torch.tensor(digits.target)[order]
     parts = (slice(0, 1097), slice(1097, 1447), slice(1447, None))
     train, validation, test = ((images[part], labels[part]) for part in parts)
-    batches = [batch for _ in range(epochs) for batch in torch.randperm(len(train[0])).split(64)]
+    orders = [torch.randperm(len(train[0])) for _ in range(epochs)]
+    batches = [order[start : start + 64] for order in orders for start in range(0, len(order), 64)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(batches))
     for batch in batches:
