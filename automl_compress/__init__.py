@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from automl_compress.api import compress, replay, work
+    from automl_compress.api import compress, forecast, profile, replay, work
     from automl_compress.core.budget import Budget, Cost
     from automl_compress.core.plan import Plan
     from automl_compress.core.result import Figures, Result
@@ -36,13 +36,15 @@ __all__ = [
     "Result",
     "Task",
     "compress",
+    "forecast",
     "load_profile",
+    "profile",
     "replay",
     "work",
 ]
 
 _HOME = {
-    "api": ("compress", "replay", "work"),
+    "api": ("compress", "forecast", "profile", "replay", "work"),
     "core.budget": ("Budget", "Cost"),
     "core.plan": ("Plan",),
     "core.result": ("Figures", "Result"),

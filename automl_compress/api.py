@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,8 @@ import onnx
 from automl_compress.core.budget import Limit, parse_budget
 from automl_compress.core.result import Result
 from automl_compress.deploy.report import write_report
-from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import CompressError, InfeasibleError, InputError, Interrupted, PlanError
-from automl_compress.hardware.estimated import device_for
-from automl_compress.hardware.profile import load_profile
-from automl_compress.hardware.remote import link_to
-from automl_compress.model.task import Task, load_task, prepare, require_task_file
+from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.search.account import notes as notes_of
@@ -30,10 +25,12 @@ from automl_compress.search.campaign import Campaign
 from automl_compress.search.deliver import Verified, final_metric, verify
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.finalists import baselines, climb, finalists, within_budget
+from automl_compress.search.forecast import PROFILE, Forecast
 from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild, stored_quantization
-from automl_compress.search.sampler import SAMPLERS
+from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
+from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
 from automl_compress.search.settings import Settings, effective_config, reproduce
-from automl_compress.search.space import load_space, offered_bits, resolve
+from automl_compress.search.standard import standard_models
 from automl_compress.search.study import trial_counts
 
 DEFAULT_TRIALS = 100
@@ -99,7 +96,7 @@ def compress(
         options=options,
         deadline=time.monotonic() + timeout if timeout else None,
     )
-    with _campaign(task, settings, folder, progress) as campaign:
+    with open_campaign(task, settings, folder, progress) as campaign:
         known = campaign.folder.read_json("result.json")
         if known is not None and known["status"] in ("met", "estimated"):
             progress.note(f"{folder} holds a finished run; delete it to start anew")
@@ -132,12 +129,80 @@ def work(
     default = _default_folder(task, limits)
     folder = Path(output) if output else default.with_name(f"{default.name}-worker-{os.getpid()}")
     settings = Settings(limits=limits, options={"storage": storage, **options})
-    with _campaign(task, settings, folder, progress) as campaign:
+    with open_campaign(task, settings, folder, progress) as campaign:
         campaign.learn()
         before = trial_counts(campaign.study())
         campaign.explore(int(options.get("trials") or DEFAULT_TRIALS), options.get("timeout"))
         after = trial_counts(campaign.study())
     return {state: count - before.get(state, 0) for state, count in after.items() if count > before.get(state, 0)}
+
+
+def profile(
+    tasks: Task | str | Sequence[Task | str] = (),
+    *,
+    kernels: str | None = None,
+    profile: str = "local",
+    device: str = "local",
+    space: str = "cnn",
+    threads: int | None = None,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Profiled]:
+    """Measure what networks cost on a device, so that searches find it known and any plan of theirs can be predicted.
+
+    tasks    tasks, or 'path/task.py[:function]'; the plans of each within `space` are what is measured
+    kernels  'standard' measures layers that most networks consist of, without a task
+    threads  of the runtime (default: the profile's); another number is another profile
+    device   'local' or 'ssh://[user@]host[:port]'
+
+    Only what the profile lacks is measured; whatever was measured when a call ends is kept. Returns what was added, for
+    the standard kernels first. Raises CompressError, with one line that says what to do.
+    """
+    progress = progress or SilentProgress()
+    wanted = [tasks] if isinstance(tasks, str | Task) else list(tasks)
+    if kernels not in (None, "standard"):
+        raise InputError(f"unknown kernels {kernels!r}: the only set is 'standard'")
+    if not wanted and kernels is None:
+        raise InputError("nothing to profile: name a task, or kernels='standard' (--kernels standard)")
+    for task in wanted:
+        if isinstance(task, str):
+            require_task_file(task)
+    found = []
+    with open_device(profile, device, progress, threads=threads) as place:
+        place.profile.require_match()
+        if kernels:
+            found.append(profile_kernels(place, list(standard_models(seed)), progress))
+        for task in wanted:
+            with open_forecast(task, place, progress, space=space, weights=weights, seed=seed) as forecast:
+                found.append(profile_network(task_name(task), forecast, progress))
+    return found
+
+
+@contextmanager
+def forecast(
+    task: Task | str,
+    *,
+    profile: str = "local",
+    device: str = "local",
+    space: str = "cnn",
+    threads: int | None = None,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[Forecast]:
+    """Tell what plans of a task cost on a device, in a `with` block; arguments as for `profile`.
+
+    What the profile lacks is measured first. Then `predict(plan)` lowers a plan's model with the runtime, and
+    `quick(plan)` tells the same in about a millisecond.
+    """
+    progress = progress or SilentProgress()
+    with (
+        open_device(profile, device, progress, threads=threads) as place,
+        open_forecast(task, place, progress, space=space, weights=weights, seed=seed) as found,
+    ):
+        found.learn(PROFILE, progress)
+        yield found
 
 
 def replay(
@@ -153,7 +218,7 @@ def replay(
     Raises PlanError for another model's plan.
     """
     run = Path(run)
-    loaded = _load(task, weights)
+    loaded = load(task, weights)
     graph = trace(loaded.model, loaded.example_inputs)
     plan_path, weights_path = run / "plan.json", run / "best.safetensors"
     for path in (plan_path, weights_path):
@@ -165,56 +230,6 @@ def replay(
     found = stored_quantization(weights_path, ranges)
     onnx.save(bench.export(rebuild(bench, plan, weights_path), plan, found), target)
     return target
-
-
-@contextmanager
-def _campaign(task: Task | str, settings: Settings, folder: Path, progress: Progress) -> Iterator[Campaign]:
-    """Everything that a search needs, checked in the order of what is cheapest to get wrong."""
-    options = settings.options
-    if options.get("sampler", "budget") not in SAMPLERS:
-        raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
-    if isinstance(task, str):
-        require_task_file(task)
-    link = link_to(options.get("device") or "local")
-    rules = load_space(options.get("space") or "cnn")
-    progress.stage("reaching the device")
-    device_profile = load_profile(options.get("profile") or "local", facts=link.facts(), host=link.host)
-    for warning in device_profile.warnings:
-        progress.note(f"warning: {warning}")
-    progress.stage("loading the task")
-    loaded = _load(task, options.get("weights"))
-    progress.stage("tracing the model")
-    graph = trace(loaded.model, loaded.example_inputs)
-    offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.limits)
-    space = resolve(rules, graph, offered, held_back)
-    identity = {
-        "task": _digest(loaded),
-        "graph": graph.fingerprint,
-        "space": space.fingerprint,
-        "profile": device_profile.path.stem,
-        "budget": ", ".join(f"{m} {limit.text}" for m, limit in settings.limits.items()),
-        "seed": str(options.get("seed") or 0),
-    }
-    device = device_for(device_profile, link=link, notice=progress.note)
-    with RunFolder(folder, identity) as run_folder, device:
-        yield Campaign(
-            bench=Workbench(
-                loaded,
-                graph,
-                importance=space.importance,
-                seed=int(options.get("seed") or 0),
-                executions=device_profile.executions,
-            ),
-            space=space,
-            device=device,
-            limits=settings.limits,
-            folder=run_folder,
-            progress=progress,
-            identity=identity,
-            seed=int(options.get("seed") or 0),
-            sampler=options.get("sampler") or "budget",
-            storage=options.get("storage"),
-        )
 
 
 def _run(campaign: Campaign, settings: Settings) -> Result:
@@ -322,22 +337,7 @@ def _write(campaign: Campaign, settings: Settings, result: Result) -> Result:
     return result
 
 
-def _load(task: Task | str, weights: str | Path | None) -> Task:
-    path = Path(weights) if weights else None
-    return load_task(task, weights=path) if isinstance(task, str) else prepare(task, weights=path)
-
-
-def _digest(task: Task) -> str:
-    """Identifies the trained model and how much validation data there is; its order may differ from run to run."""
-    digest = hashlib.sha256()
-    for name, value in sorted(task.model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(str(len(task.validation) if hasattr(task.validation, "__len__") else None).encode())
-    return digest.hexdigest()[:16]
-
-
 def _default_folder(task: Task | str, limits: Mapping[str, Limit]) -> Path:
-    name = Path(task.partition(":")[0]).stem if isinstance(task, str) else type(task.model).__name__.lower()
     return Path("runs") / "-".join(
-        [name, *(f"{m}{limit.text.replace('%', 'pct').replace(' ', '')}" for m, limit in limits.items())]
+        [task_name(task), *(f"{m}{limit.text.replace('%', 'pct').replace(' ', '')}" for m, limit in limits.items())]
     )

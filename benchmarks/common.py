@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,30 @@ def write_figures(path: Path | None, benchmark: str, figures: Mapping[str, float
     """Print the figures; with a path, write them there with the facts of the machine as well."""
     for name, value in figures.items():
         print(f"{name:48} {value:.6g}")
+    _write(path, benchmark, quick, "figures", dict(figures))
+
+
+def write_rows(path: Path | None, benchmark: str, rows: Sequence[Mapping[str, Any]], *, quick: bool) -> None:
+    """Print rows of figures; with a path, write them there with the facts of the machine as well."""
+    for row in rows:
+        print("  ".join(_cells(row)))
+    _write(path, benchmark, quick, "rows", [dict(row) for row in rows])
+
+
+def _cells(row: Mapping[str, Any], prefix: str = "") -> list[str]:
+    cells = []
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            cells += _cells(value, f"{prefix}{name}.")
+        else:
+            cells.append(f"{prefix}{name} {f'{value:.4g}' if isinstance(value, float) else value}")
+    return cells
+
+
+def _write(path: Path | None, benchmark: str, quick: bool, name: str, found: Any) -> None:
     if path is not None:
         facts = {"benchmark": benchmark, "quick": quick, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        path.write_text(json.dumps({**facts, "machine": machine(), "figures": dict(figures)}, indent=2) + "\n")
+        path.write_text(json.dumps({**facts, "machine": machine(), name: found}, indent=2) + "\n")
 
 
 def _processor() -> str:

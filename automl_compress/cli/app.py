@@ -14,11 +14,15 @@ from typing import Annotated, Any
 
 import typer
 
-from automl_compress.cli import devices, search
+from automl_compress.cli import devices, profile, search
 from automl_compress.cli.action import Action, guarded
 from automl_compress.cli.output import PROG, fail
 
-GROUPS: tuple[tuple[str | None, typer.Typer], ...] = ((None, search.commands), ("devices", devices.commands))
+GROUPS: tuple[tuple[str | None, typer.Typer], ...] = (
+    (None, search.commands),
+    (None, profile.commands),
+    ("devices", devices.commands),
+)
 
 app = typer.Typer(
     name=PROG,

@@ -23,12 +23,16 @@ _LIMIT = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-zµ%]*)\
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a model needs, predicted or measured: microseconds for one sample, bytes of file, bytes of peak memory."""
+    """What a model needs, predicted or measured: microseconds for one sample, bytes of file, bytes of peak memory.
+
+    `latency_error` is the relative standard deviation of a predicted latency.
+    """
 
     latency_us: float
     size_bytes: float
     memory_bytes: float
     provenance: Provenance = "estimated"
+    latency_error: float | None = None
 
     def of(self, metric: str) -> float:
         """The figure behind a budget's name: 'latency' in microseconds, 'size' or 'memory' in bytes."""

@@ -9,7 +9,7 @@ model is exported for itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -98,10 +98,17 @@ class Template:
         self._verified |= touched
         return filled
 
+    def drop_blocks(self, graph: onnx.GraphProto, blocks: Iterable[str]) -> None:
+        """Take removed blocks out of a graph that this template filled in. Raises ExportError for an unknown one."""
+        missing = [block for block in blocks if block not in self._additions]
+        if missing:
+            raise ExportError(f"block {missing[0]} is not in the exported graph; leave it out of the search space")
+        drop_additions(graph, dict(self._additions[block] for block in blocks))
+
     def _filled(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
         result = onnx.ModelProto()
         result.CopyFrom(self._skeleton)
-        drop_additions(result.graph, dict(self._additions[block] for block in plan.drop))
+        self.drop_blocks(result.graph, plan.drop)
         values = _tensors(model, self._pairs)
         for tensor in result.graph.initializer:
             source = self._sources.get(tensor.name)

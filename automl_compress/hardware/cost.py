@@ -1,23 +1,27 @@
 """What a model will cost on the device, before anything is trained.
 
 latency   which kernels the runtime will execute (found by asking it), each priced from the profile, and a correction
-          for what lies between kernels, fitted on models that were measured whole
+          for what the sum leaves out, fitted on models that were measured whole
 size      the bytes of the file, exactly
 memory    learned from file size and live activations of models that were weighed
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx
 
 from automl_compress.core.budget import METRICS, Cost
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.fit import Fit, fit
-from automl_compress.hardware.kernels import Kernel, Lowered, structure_digest, weight_bytes
-from automl_compress.hardware.measure import kernel_sum_us, measure_variants, missing_kernels
+from automl_compress.hardware.interpolate import PriceList, Total
+from automl_compress.hardware.kernels import Kernel, structure_digest, weight_bytes
+from automl_compress.hardware.measure import measure_model
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import ModelRecord
 
@@ -25,81 +29,125 @@ from automl_compress.hardware.schema import ModelRecord
 _MEMORY_PRIOR = (1.8e6, 3.0, 1.0)
 # Weighing repeats to a few percent and the prior is close, so that fewer models do than for the latency.
 _ENOUGH_WEIGHED = 4
-_LATENCY_PRIOR = (1.0, 0.0, 0.0)
+_LATENCY_PRIOR = (1.0, 0.0, 0.0, 0.0, 0.0)
+# What the correction's terms are called in the profile.
+LATENCY_TERMS = ("kernel_sum_us", "nodes", "constant", "kernel_sum_us_x_ln_size", "kernel_sum_us_x_ln_activations")
 # Another network's overheads say something about this one only if both take a similar time.
 _SIMILAR = 4.0
+# A prediction whose kernels are known this badly (relative standard deviation of their sum) is worth a measurement.
+_UNSURE = 0.03
+# A model of whose predicted time so much came from measured kernels tells how good predictions are.
+_FORESEEN = 0.8
+_ENOUGH_CHECKED = 3
+_CHECKED = 16
+# The median of a normal error's size is so much of its standard deviation.
+_MEDIAN_DEVIATION = 0.6745
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Bytes of a model: its file, its constants, and the peak of activations that are alive at the same time."""
+
+    file: float
+    weights: float
+    activations: float
 
 
 class CostModel:
-    """Predicts costs on `device` from `profile`; measures kernels that the profile doesn't know and stores them.
+    """Predicts costs on `device` from `profile`.
 
     original  the model whose variants are priced: the correction then rests on its variants. Without it, and until one
               of them was measured whole, it rests on models of similar size
+    measure   whether a model is measured, and its kernels stored, where the profile knows too little of them; else they
+              are interpolated, however far
     margins   metric -> factor >= 1 that predictions are raised by, since verified models came out dearer (`tighten`)
     scale     what today's latencies are of those in the profile (`anchor`): clocks and load differ from day to day
     """
 
-    def __init__(self, profile: DeviceProfile, device: Device, *, original: onnx.ModelProto | None = None) -> None:
+    def __init__(
+        self,
+        profile: DeviceProfile,
+        device: Device,
+        *,
+        original: onnx.ModelProto | None = None,
+        measure: bool = True,
+    ) -> None:
         self.profile = profile
         self.device = device
         self.margins: dict[str, float] = dict.fromkeys(METRICS, 1.0)
         self.scale = 1.0
+        self._original = original
         self._family = structure_digest(original) if original is not None else None
+        self._measure = measure
         self._measurements = 0
+        self._prices = PriceList({})
+        self._priced = -1
         self._fits: dict[tuple[ModelRecord, ...], tuple[Fit, Fit]] = {}
+
+    @property
+    def family(self) -> str:
+        """The digest of the model whose variants are priced; "any" without one."""
+        return self._family or "any"
 
     @property
     def measurements(self) -> int:
         """How many measurements this object has caused; 0 where the profile knew everything."""
         return self._measurements
 
+    @property
+    def prices(self) -> PriceList:
+        """What kernels take, by all that the profile knows now."""
+        known = len(self.profile.kernels)
+        if known != self._priced:
+            self._prices, self._priced = PriceList(self.profile.kernels), known
+        return self._prices
+
     def lower(self, model: onnx.ModelProto) -> list[Kernel]:
-        """The kernels that the runtime executes, priced; `mean_us` is None for those that the profile lacks."""
-        prices = self.profile.kernels
-        return [
-            Kernel(
-                key=kernel.key,
-                op=kernel.op,
-                layer=kernel.layer,
-                role=kernel.role,
-                mean_us=prices[kernel.key].mean_us if kernel.key in prices else None,
-                provenance=prices[kernel.key].provenance if kernel.key in prices else "estimated",
-            )
-            for kernel in self.device.lowered(model).kernels
-        ]
+        """The kernels that the runtime executes, priced."""
+        return priced(self.device.lowered(model).kernels, self.prices)
 
     def predict(self, model: onnx.ModelProto) -> Cost:
-        """The cost of one sample. Kernels without a time are measured first and stored.
+        """The cost of one sample.
 
-        Provenance is "interpolated" where every kernel was measured and the correction rests on enough whole models,
-        else "estimated". Raises DeviceError if the runtime refuses the model, ProfileError if a kernel is unknown and
-        the profile is another machine's.
+        Provenance is "interpolated" where no kernel had to be estimated and the correction rests on enough whole
+        models, else "estimated". Raises DeviceError if the runtime refuses the model, ProfileError if a measurement is
+        called for and the profile is another machine's.
         """
-        latency, memory = self.fits(model)
         lowered = self.device.lowered(model)
-        total = kernel_sum_us(self.profile, lowered.kernels)
-        size = model.ByteSize()
-        certain = all(self.profile.kernels[k.key].provenance == "measured" for k in lowered.kernels)
+        keys = [kernel.key for kernel in lowered.kernels]
+        if self._measure and self.device.measures and self.prices.total(keys).guess_error > _UNSURE:
+            measure_model(self.device, model, reference=self._original or model)
+            self._measurements += 1
+        total = self.prices.total(keys)
+        tensors = Tensors(file=model.ByteSize(), weights=weight_bytes(model), activations=lowered.activation_bytes)
+        return self.cost_of(total, len(keys), tensors)
+
+    def cost_of(self, total: Total, nodes: float, tensors: Tensors) -> Cost:
+        """The cost of a model whose kernels, `nodes` of them, add up to `total`."""
+        latency, memory = self.fits(total.us)
+        errors = (total.error, (latency.error or 0.0) / _MEDIAN_DEVIATION)
         return Cost(
-            latency_us=latency((total, len(lowered.kernels), 1.0)) * self.scale * self.margins["latency"],
-            size_bytes=size * self.margins["size"],
-            memory_bytes=self._memory_bytes(model, lowered, memory) * self.margins["memory"],
-            provenance="interpolated" if certain and latency.trusted else "estimated",
+            latency_us=latency(_terms(total.us, nodes, tensors.file, tensors.activations))
+            * self.scale
+            * self.margins["latency"],
+            size_bytes=tensors.file * self.margins["size"],
+            memory_bytes=self._memory_bytes(tensors, memory) * self.margins["memory"],
+            provenance="interpolated" if total.provenance != "estimated" and latency.trusted else "estimated",
+            latency_error=math.hypot(*errors),
         )
 
-    def _memory_bytes(self, model: onnx.ModelProto, lowered: Lowered, process: Fit) -> float:
+    def _memory_bytes(self, tensors: Tensors, process: Fit) -> float:
         if self.profile.header.memory.model == "tensors":
-            return float(weight_bytes(model) + lowered.activation_bytes)
-        return process((1.0, model.ByteSize(), lowered.activation_bytes))
+            return tensors.weights + tensors.activations
+        return process((1.0, tensors.file, tensors.activations))
 
-    def fits(self, model: onnx.ModelProto) -> tuple[Fit, Fit]:
-        """What a model is predicted by.
+    def fits(self, total_us: float) -> tuple[Fit, Fit]:
+        """What a model whose kernels add up to `total_us` is predicted by.
 
-        Latency in microseconds from (sum of kernels in microseconds, number of kernels, 1), memory in bytes from
-        (1, file size, live activations).
+        Latency in microseconds from the terms of `LATENCY_TERMS`, memory in bytes from (1, file size, live
+        activations).
         """
-        self._know(model)
-        records = tuple(self._comparable(kernel_sum_us(self.profile, self.device.lowered(model).kernels)))
+        records = tuple(self._comparable(total_us))
         if records not in self._fits:
             self._fits[records] = (_fit_latency(records), _fit_memory(records))
         return self._fits[records]
@@ -130,18 +178,16 @@ class CostModel:
     def notes(self, model: onnx.ModelProto) -> list[str]:
         """What to know about a model's prediction: how many measurements it rests on, its error on unseen models."""
         notes = [*self.profile.warnings, *self.profile.notes]
-        for what, found in zip(("latency", "memory"), self.fits(model), strict=True):
+        for what, found in zip(("latency", "memory"), self.fits(self._sum_us(model)), strict=True):
             if found.error is None:
                 notes.append(f"{what}: predicted from {found.records} measured models, too few to check it on others")
             else:
-                worst = f"{found.worst_error or 0.0:.1%} (worst of {found.records})"
+                worst = f"{found.worst_error or 0.0:.1%} (worst of {found.checked})"
                 notes.append(f"{what}: error on unseen models {found.error:.1%} (median), {worst}")
         return notes
 
-    def _know(self, model: onnx.ModelProto) -> None:
-        if missing_kernels(self.profile, self.device.lowered(model).kernels):
-            filled = measure_variants(self.device, [model], whole_models=0, memories=0)
-            self._measurements += filled.requests
+    def _sum_us(self, model: onnx.ModelProto) -> float:
+        return self.prices.total(kernel.key for kernel in self.device.lowered(model).kernels).us
 
     def _comparable(self, total_us: float) -> list[ModelRecord]:
         """The measured models that say something about one whose kernels add up to `total_us`."""
@@ -151,10 +197,35 @@ class CostModel:
         return [record for record in self.profile.models if 1 / _SIMILAR < record.kernel_sum_us / total_us < _SIMILAR]
 
 
+def priced(kernels: Iterable[Kernel], prices: PriceList) -> list[Kernel]:
+    """The kernels with their times, and where these come from."""
+    found = [(kernel, prices[kernel.key]) for kernel in kernels]
+    return [replace(kernel, mean_us=price.us, provenance=price.provenance) for kernel, price in found]
+
+
+def _terms(kernel_sum_us: float, nodes: float, size_bytes: float, activation_bytes: float) -> tuple[float, ...]:
+    """What a latency is made of. The same kernel is faster in a smaller model, whose weights and activations are in
+    a nearer cache: hence the products with the logarithms of both, in units of 1 MB."""
+    weights, activations = (math.log(max(count, 1e3) / 1e6) for count in (size_bytes, activation_bytes))
+    return (kernel_sum_us, nodes, 1.0, kernel_sum_us * weights, kernel_sum_us * activations)
+
+
+def _record_terms(record: ModelRecord) -> tuple[float, ...]:
+    """Of a measured model, by what its kernels were predicted to take before it was measured, where that is known: what
+    its own trace says of its kernels would hide what the correction is to find."""
+    foreseen = record.predicted_us if (record.foreseen or 0.0) >= _FORESEEN else None
+    return _terms(foreseen or record.kernel_sum_us, record.nodes, record.size_bytes, record.activation_bytes)
+
+
 def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
+    """The correction; its error is that of the latest models that were foreseen, each left out of the fit."""
     usable = [r for r in records if r.kernel_sum_us > 0]
-    rows = [(r.kernel_sum_us, r.nodes, 1.0) for r in usable]
-    return fit(rows, [r.measured_us for r in usable], _LATENCY_PRIOR)
+    found = fit([_record_terms(r) for r in usable], [r.measured_us for r in usable], _LATENCY_PRIOR)
+    foreseen = [r for r in usable if r.predicted_us and (r.foreseen or 0.0) >= _FORESEEN]
+    errors = [error for r, error in zip(usable, found.errors, strict=False) if r in foreseen][-_CHECKED:]
+    if len(errors) < _ENOUGH_CHECKED:
+        return replace(found, error=None, worst_error=None)
+    return replace(found, error=float(np.median(errors)), worst_error=max(errors), checked=len(errors))
 
 
 def _fit_memory(records: Sequence[ModelRecord]) -> Fit:

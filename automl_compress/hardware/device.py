@@ -23,7 +23,7 @@ from automl_compress.core.result import Timing
 from automl_compress.errors import DeviceError
 from automl_compress.hardware.channel import Launcher, hold
 from automl_compress.hardware.dialogue import LOCAL, SILENCE_S, Dialogue, Link, Notice
-from automl_compress.hardware.executed import RawKernel, read_trace
+from automl_compress.hardware.executed import RawKernel, Trace, read_lowering, read_trace
 from automl_compress.hardware.host import HostFacts
 from automl_compress.hardware.kernels import Lowered, kernels_of, live_bytes, structure_digest
 from automl_compress.hardware.profile import DeviceProfile
@@ -110,8 +110,9 @@ class Device:
         if key not in self._lowered:
             with self.saved(model) as path:
                 raw = self.lower(path)
-            kernels = tuple(replace(kernel, mean_us=None) for kernel in kernels_of(model, raw))
-            self._lowered[key] = Lowered(key=key, kernels=kernels, activation_bytes=live_bytes(raw))
+            self._lowered[key] = Lowered(
+                key=key, kernels=tuple(kernels_of(model, raw)), activation_bytes=live_bytes(raw)
+            )
         return self._lowered[key]
 
     def compare(self, models: Mapping[str, Path], *, bursts: int | None = None) -> dict[str, Timing]:
@@ -127,16 +128,16 @@ class Device:
         answer = self._ask("compare", request, "bursts_us", "runs")
         return {name: timing(answer["bursts_us"][name], answer["runs"][name]) for name in models}
 
-    def trace_kernels(self, model: Path, *, runs: int) -> list[RawKernel]:
-        """The executed nodes in order, with their times over at most `runs` single runs.
-
-        The runs are split into the protocol's number of rounds; a slow model gets fewer (`burst_seconds` a round).
-        """
-        return self._trace("trace", model, runs, self.profile.header.protocol.trace_rounds)
+    def trace(self, model: Path, reference: Path) -> Trace:
+        """A model's kernels and the whole, timed in the protocol's rounds, in turns with bursts of `reference`."""
+        rounds = self.profile.header.protocol.trace_rounds
+        request = {"do": "trace", "reference": str(Path(reference).absolute()), "rounds": rounds}
+        answer, graph = self._executed(request, model, "runs", "whole_us", "reference_us")
+        return read_trace(answer, graph, discard=self.profile.header.protocol.discard)
 
     def lower(self, model: Path) -> list[RawKernel]:
-        """The executed nodes in order, without times worth keeping: two runs, which needn't wait for the device."""
-        return self._trace("lower", model, 2, 1)
+        """The executed nodes in order, without times: two runs, which needn't wait for the device."""
+        return read_lowering(*self._executed({"do": "lower"}, model))
 
     def memory_bytes(self, model: Path) -> int:
         """Peak resident memory of a fresh process that runs the model, above one that runs an empty model."""
@@ -149,23 +150,18 @@ class Device:
         """The machine with the runtime as the measuring process has it."""
         return HostFacts.from_answer(self._ask("facts", {"do": "facts"}, *HostFacts.REQUIRED))
 
-    def _trace(self, what: str, model: Path, runs: int, rounds: int) -> list[RawKernel]:
+    def _executed(
+        self, request: Mapping[str, Any], model: Path, *fields: str
+    ) -> tuple[dict[str, Any], onnx.GraphProto]:
+        """The answer to a request about executed nodes, and the graph that the runtime made."""
         optimized = self.folder / "optimized.onnx"
         optimized.unlink(missing_ok=True)
-        request = {
-            "do": "trace",
-            "model": str(Path(model).absolute()),
-            "runs": runs,
-            "seconds": rounds * self.profile.header.protocol.burst_seconds,
-            "optimized": str(optimized),
-            "exclusive": what == "trace",
-        }
-        answer = self._ask(what, request, "kernels", "inputs")
+        request = {**request, "model": str(Path(model).absolute()), "optimized": str(optimized)}
+        answer = self._ask(request["do"], request, "kernels", "inputs", *fields)
         try:
-            graph = onnx.load(optimized, load_external_data=False).graph
+            return answer, onnx.load(optimized, load_external_data=False).graph
         except Exception as error:  # onnx raises whatever its parser raises
             raise DeviceError(f"{model}: the runtime's optimized graph can't be read ({error})") from error
-        return read_trace(answer, graph, bursts=rounds, discard=self.profile.header.protocol.discard)
 
     def _peak(self, model: Path) -> int:
         answer = self._ask("memory", {"do": "memory", "model": str(Path(model).absolute())}, "peak_bytes")

@@ -6,15 +6,18 @@ the optimized graph gives those, but no times. Both list the nodes in the order 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
 
 from automl_compress.hardware.timer import burst_means, median_spread
 
+# A kernel can't take less; what profiling adds to a node is known to about this.
+SMALLEST_US = 0.05
 _LAYOUT_DOMAIN = "com.microsoft.nchwc"
 _CONV_ATTRIBUTES = ("kernel_shape", "strides", "pads", "dilations", "group", "auto_pad")
 _WITHOUT_EFFECT = {"saturate", "auto_pad", "axis"}
@@ -26,7 +29,7 @@ class RawKernel:
 
     inputs    of the values it reads, weights not included where the optimized graph tells them apart
     outputs   of the values it writes
-    mean_us   the median of `bursts_us`, the trimmed means of its bursts; `samples` runs went into them
+    mean_us   the median of `bursts_us`, the trimmed means of its rounds; `samples` runs went into them. NaN untimed
     layout    "nchwc" if it works in the runtime's blocked layout, else ""
     detail    weights, attributes and fused operators as text; part of its key
     reads, writes, constants    names of values and of initializers in the optimized graph; empty where it is unknown
@@ -36,8 +39,8 @@ class RawKernel:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    mean_us: float
-    samples: int
+    mean_us: float = math.nan
+    samples: int = 0
     bursts_us: tuple[float, ...] = ()
     spread: float = 0.0
     layout: str = ""
@@ -47,18 +50,64 @@ class RawKernel:
     constants: tuple[str, ...] = ()
 
 
-def read_trace(
-    answer: Mapping[str, Any], optimized: onnx.GraphProto, *, bursts: int, discard: float
-) -> list[RawKernel]:
-    """The executed nodes in order. `answer` is the measuring process's; `bursts` splits its runs."""
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One model as it was measured: its executed nodes in order, and the whole, in microseconds for one sample.
+
+    `whole_us` and `reference_us` are the unprofiled bursts of the model and of its reference, taken in turns; `samples`
+    is how many runs of a round were profiled. What profiling added is taken off the kernels: they add up to the whole.
+    """
+
+    kernels: tuple[RawKernel, ...]
+    whole_us: tuple[float, ...]
+    reference_us: tuple[float, ...]
+
+    def whole(self, reference_us: float | None) -> tuple[float, float, tuple[float, ...]]:
+        """(median, spread, bursts) of the model; drift is divided out if it is known what the reference takes."""
+        bursts = tuple(us / drift for us, drift in zip(self.whole_us, self.drift(reference_us), strict=True))
+        return (*median_spread(bursts), bursts)
+
+    def drift(self, reference_us: float | None) -> tuple[float, ...]:
+        """How much slower than in the profile the machine was, round by round."""
+        return tuple(us / reference_us if reference_us else 1.0 for us in self.reference_us)
+
+    def timed(self, reference_us: float | None) -> list[RawKernel]:
+        """The kernels with drift divided out of their times."""
+        drift = self.drift(reference_us)
+        timed = []
+        for kernel in self.kernels:
+            bursts = tuple(us / slower for us, slower in zip(kernel.bursts_us, drift, strict=True))
+            median, spread = median_spread(bursts)
+            timed.append(replace(kernel, mean_us=median, spread=spread, bursts_us=bursts))
+        return timed
+
+
+def read_trace(answer: Mapping[str, Any], optimized: onnx.GraphProto, *, discard: float) -> Trace:
+    """What a `trace` request was answered with; `discard` is the part of each round that isn't counted."""
+    rounds = len(answer["whole_us"])
+    kernels = read_lowering(answer, optimized)
+    steps = [_steps(event, rounds, discard) for event in answer["kernels"]]
+    # What a round's steps are longer than the unprofiled model, spread over its nodes.
+    added = [
+        max(0.0, sum(step[turn] for step in steps) - whole) / len(steps)
+        for turn, whole in enumerate(answer["whole_us"])
+    ]
+    timed = []
+    for kernel, step in zip(kernels, steps, strict=True):
+        bursts = tuple(max(SMALLEST_US, us - extra) for us, extra in zip(step, added, strict=True))
+        median, spread = median_spread(bursts)
+        samples = int(answer["runs"]) * rounds
+        timed.append(replace(kernel, mean_us=median, spread=spread, bursts_us=bursts, samples=samples))
+    return Trace(kernels=tuple(timed), whole_us=tuple(answer["whole_us"]), reference_us=tuple(answer["reference_us"]))
+
+
+def read_lowering(answer: Mapping[str, Any], optimized: onnx.GraphProto) -> list[RawKernel]:
+    """The executed nodes in order, without times. `answer` is the measuring process's."""
     events = answer["kernels"]
     constants = {item.name: _tensor_type(item) for item in optimized.initializer}
     types = dict(answer["inputs"])
     raw = []
     for event, node in zip(events, _align(events, optimized.node), strict=True):
-        # The profiler cuts durations off to whole microseconds; on average half of one is lost.
-        means = burst_means([us + 0.5 for us in event["us"]], bursts, discard)
-        median, spread = median_spread(means)
         facts = _facts(node, constants, types) if node is not None else {}
         if node is not None:
             types.update(zip([o for o in node.output if o], event["outputs"], strict=False))
@@ -68,14 +117,19 @@ def read_trace(
                 name=event["name"],
                 inputs=facts.pop("inputs", tuple(event["inputs"])),
                 outputs=tuple(event["outputs"]),
-                mean_us=median,
-                spread=spread,
-                bursts_us=means,
-                samples=len(event["us"]),
                 **facts,
             )
         )
     return raw
+
+
+def _steps(event: Mapping[str, Any], rounds: int, discard: float) -> tuple[float, ...]:
+    """Mean microseconds from a node's start to the next one's, round by round.
+
+    The last node of a run has no next one: its duration, cut off to whole microseconds, counts half of one more.
+    """
+    values = [us + 0.5 if step is None else float(step) for us, step in zip(event["us"], event["steps"], strict=True)]
+    return burst_means(values, rounds, discard)
 
 
 def _align(events: Sequence[Mapping[str, Any]], nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto | None]:

@@ -26,7 +26,7 @@ class Fit:
 
     records      how many measurements it was fitted on
     error        median relative error on measurements left out one by one; None with too few for a fit
-    worst_error  the largest of those
+    worst_error  the largest of those; `checked` is how many there were, and `errors` all of them in their order
     """
 
     coefficients: tuple[float, ...]
@@ -35,6 +35,8 @@ class Fit:
     records: int
     error: float | None = None
     worst_error: float | None = None
+    checked: int = 0
+    errors: tuple[float, ...] = ()
 
     def __call__(self, features: Sequence[float]) -> float:
         row = np.asarray(features, dtype=float)
@@ -44,7 +46,7 @@ class Fit:
 
     @property
     def trusted(self) -> bool:
-        """Whether there were enough measurements to fit all coefficients."""
+        """Whether its error on other measurements is known."""
         return self.error is not None
 
 
@@ -78,6 +80,8 @@ def fit(
         records=len(targets),
         error=float(np.median(errors)),
         worst_error=float(max(errors)),
+        checked=len(errors),
+        errors=tuple(errors),
     )
 
 

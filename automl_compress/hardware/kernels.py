@@ -48,6 +48,7 @@ class Kernel:
     role     "layer" if it computes the layer, else "helper"
     mean_us  its time in microseconds; None if no one measured it
     provenance  of that time
+    reads, writes    names of values in the graph that the runtime made; empty where it doesn't tell
     """
 
     key: str
@@ -56,6 +57,8 @@ class Kernel:
     mean_us: float | None
     role: Literal["layer", "helper"] = "helper"
     provenance: Provenance = "measured"
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,17 @@ def kernels_of(model: onnx.ModelProto, raw: Sequence[RawKernel]) -> list[Kernel]
         current = layer or current
         mean = kernel.mean_us if math.isfinite(kernel.mean_us) else None
         role: Literal["layer", "helper"] = "layer" if layer else "helper"
-        kernels.append(Kernel(key=key_of(kernel), op=kernel.op, layer=current, mean_us=mean, role=role))
+        kernels.append(
+            Kernel(
+                key=key_of(kernel),
+                op=kernel.op,
+                layer=current,
+                mean_us=mean,
+                role=role,
+                reads=kernel.reads,
+                writes=kernel.writes,
+            )
+        )
     return kernels
 
 

@@ -5,8 +5,9 @@ that the other side can tell slow from dead). It ends when stdin closes, even in
 
     {"do": "facts"}
     {"do": "compare", "models": {name: path}, "bursts": 15}          -> {"bursts_us": {name: [...]}, "runs": {name: n}}
-    {"do": "trace", "model": path, "runs": 40, "seconds": 3.0, "optimized": path}
-                                                                     -> {"kernels": [...], "inputs": {name: type}}
+    {"do": "lower", "model": path, "optimized": path}                -> {"kernels": [...], "inputs": {name: type}}
+    {"do": "trace", "model": path, "optimized": path, "reference": path, "rounds": 3}
+                                     -> the same, and {"runs": n, "whole_us": [...], "reference_us": [...]}, one a round
     {"do": "memory", "model": path}                                  -> {"peak_bytes": n}, from a fresh process
     {"do": "optimize", "model": path, "optimized": path}             -> {}
     {"do": "run", "model": path, "inputs": path, "outputs": path}    -> {}
@@ -17,7 +18,6 @@ that a drift of the machine hits all of them alike and each runs with the caches
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import sys
@@ -33,7 +33,6 @@ from .serve import Say, in_one_line, run_again, serve
 from .serve import turn as device_turn
 
 SMALLEST_BURST = 3
-SMALLEST_TRACE = 9
 OPTIMIZATION = {
     "disabled": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -112,10 +111,7 @@ def compare(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, 
         session = open_session(path, settings)
         runners[name] = _runner(session)
         runners[name]()
-        start = time.perf_counter()
-        runners[name]()
-        one_run = time.perf_counter() - start
-        lengths[name] = burst_length(one_run, settings)
+        lengths[name] = burst_length(_seconds(runners[name]), settings)
         burst_us(runners[name], min(int(settings["warm_up_runs"]), lengths[name]), 0.0)
         say({"progress": f"loaded {name}"})
     names = list(runners)
@@ -127,41 +123,94 @@ def compare(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, 
     return {"bursts_us": values, "runs": lengths}
 
 
-def trace(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
-    """Every executed node with its duration in each run, in whole microseconds as the runtime's profiler gives them.
+def lower(request: dict[str, Any], settings: Settings, _: Say) -> dict[str, Any]:
+    """What the runtime executes, in order; two runs, whose times aren't worth keeping."""
+    with _Profiled(request, settings) as profiled:
+        profiled.run()
+        profiled.run()
+        return profiled.answer()
 
-    The graph that the runtime made is written to `optimized`, since the profile doesn't say what was fused into a node.
-    A model so slow that `seconds` are over runs fewer times than `runs`.
+
+def trace(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
+    """Every executed node with its duration in each run, and what the whole model takes without being profiled.
+
+    A round is a burst of the reference, a burst of the model, and a burst of the model while it is profiled: the
+    reference shows a drift of the machine, the unprofiled burst what profiling adds to every node.
     """
-    with tempfile.TemporaryDirectory(prefix="automl-compress-") as folder:
-        session = open_session(
+    plain = _runner(open_session(request["model"], settings))
+    reference = (
+        plain if request["reference"] == request["model"] else _runner(open_session(request["reference"], settings))
+    )
+    for run in (plain, reference):
+        burst_us(run, max(2, min(int(settings["warm_up_runs"]), _affordable(run, settings))), 0.0)
+    lengths = {run: burst_length(_seconds(run), settings) for run in (plain, reference)}
+    runs = max(SMALLEST_BURST, min(int(settings["trace_runs"]), lengths[plain]))
+    whole, beside = [], []
+    with _Profiled(request, settings) as profiled:
+        for turn in range(int(request["rounds"])):
+            beside.append(burst_us(reference, lengths[reference], settings["discard"]))
+            whole.append(burst_us(plain, lengths[plain], settings["discard"]))
+            for _ in range(runs):
+                profiled.run()
+            say({"progress": f"round {turn + 1}"})
+        return {**profiled.answer(), "runs": runs, "whole_us": whole, "reference_us": beside}
+
+
+class _Profiled:
+    """A session with the runtime's profiler on, in a `with` block.
+
+    The graph that the runtime made is written to `optimized`: the profiler doesn't say what was fused into a node.
+    """
+
+    def __init__(self, request: dict[str, Any], settings: Settings) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="automl-compress-")
+        self._session = open_session(
             request["model"],
             settings,
             enable_profiling=True,
-            profile_file_prefix=os.path.join(folder, "events"),
+            profile_file_prefix=os.path.join(self._folder.name, "events"),
             optimized_model_filepath=request["optimized"],
         )
-        run, inputs = _runner(session), random_inputs(session)
-        start = time.perf_counter()
-        for done in range(int(request["runs"])):
-            if done >= SMALLEST_TRACE and time.perf_counter() - start > request.get("seconds", float("inf")):
-                break
-            run()
-            if done % 10 == 0:
-                say({"progress": f"run {done + 1}"})
-        session.end_profiling()
-        with open(glob.glob(os.path.join(folder, "events*"))[0], encoding="utf-8") as file:
+        self._inputs = random_inputs(self._session)
+
+    def __enter__(self) -> _Profiled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def run(self) -> None:
+        self._session.run(None, self._inputs)
+
+    def answer(self) -> dict[str, Any]:
+        with open(self._session.end_profiling(), encoding="utf-8") as file:
             events = json.load(file)
-    names = {item.name: item.type[len("tensor(") : -1] for item in session.get_inputs()}
-    return {
-        "kernels": executed_nodes(events),
-        "inputs": {name: f"{names[name]}[{','.join(map(str, value.shape))}]" for name, value in inputs.items()},
-    }
+        kinds = {item.name: item.type[len("tensor(") : -1] for item in self._session.get_inputs()}
+        inputs = {name: f"{kinds[name]}[{','.join(map(str, value.shape))}]" for name, value in self._inputs.items()}
+        return {"kernels": executed_nodes(events), "inputs": inputs}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _affordable(run: Callable[[], Any], settings: Settings) -> int:
+    """How many runs fit into a burst's time, by a first run that is slower than later ones."""
+    run()
+    return int(settings["burst_seconds"] / max(_seconds(run), 1e-9))
 
 
 def executed_nodes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The profiler's events, gathered by node in the order of the first run."""
+    """The profiler's events, gathered by node in the order of the first run.
+
+    `us` are durations as the profiler gives them, cut off to whole microseconds; `steps` are the times from a node's
+    start to the next node's start in the same run, `None` for the last one. Both ends of a step are cut off alike, so
+    that a mean over runs is exact where a mean of durations is not.
+    """
     nodes: dict[tuple[str, str, str], dict[str, Any]] = {}
+    previous: tuple[dict[str, Any], int, int] | None = None
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
@@ -175,9 +224,18 @@ def executed_nodes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "inputs": [_type_text(t) for t in args.get("input_type_shape", [])],
                 "outputs": [_type_text(t) for t in args.get("output_type_shape", [])],
                 "us": [],
+                "steps": [],
             },
         )
         node["us"].append(event["dur"])
+        run = len(node["us"])
+        if previous is not None and previous[2] == run:
+            previous[0]["steps"].append(event["ts"] - previous[1])
+        elif previous is not None:
+            previous[0]["steps"].append(None)
+        previous = (node, event["ts"], run)
+    if previous is not None:
+        previous[0]["steps"].append(None)
     return list(nodes.values())
 
 
@@ -257,7 +315,15 @@ def _type_text(shape: dict[str, list[int]]) -> str:
     return ";".join(f"{kind}[{','.join(map(str, dims))}]" for kind, dims in shape.items())
 
 
-ACTIONS = {"facts": facts, "compare": compare, "trace": trace, "memory": memory, "optimize": optimize, "run": run}
+ACTIONS = {
+    "facts": facts,
+    "compare": compare,
+    "lower": lower,
+    "trace": trace,
+    "memory": memory,
+    "optimize": optimize,
+    "run": run,
+}
 MEASURING = {"compare", "trace", "memory"}
 
 

@@ -19,15 +19,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from automl_compress.hardware.header import Roofline
+from automl_compress.hardware.kernel_key import FULL_BITS, KernelParts, Tensor, read_key
 from automl_compress.hardware.schema import KernelRecord
 
 Kind = Literal["conv", "depthwise", "linear", "other"]
-FULL_BITS = 32
-_TYPE = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
-_DIGITS = re.compile(r"\d+")
 _GROUPS = re.compile(r"(?:^| )g(\d+)(?: |$)")
 _NAMED = re.compile(r"(?:^| )(K|N)=(\d+)(?: |$)")
-_FLOAT_BITS = {"float": 32, "double": 64, "bool": 8}
 # Their result is their input under another shape; the runtime doesn't copy it.
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape"}
 _PRODUCTS = ("Gemm", "MatMul", "Attention")
@@ -43,39 +40,13 @@ class Work:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """A type and shape as a kernel's key has them."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bits(self) -> int:
-        """Of one number: 32 for float, 8 for int8 and uint8."""
-        found = _DIGITS.search(self.dtype)
-        return _FLOAT_BITS.get(self.dtype) or (int(found[0]) if found else FULL_BITS)
-
-    @property
-    def bytes(self) -> int:
-        return math.ceil(self.count * self.bits / 8)
-
-
 def work_of(key: str) -> Work:
     """Read a kernel's work off its key (see `kernels.key_of`). A part that can't be read counts as absent."""
-    op, _, rest = key.partition("|")
-    signature, *details = rest.split("|") if rest else [""]
-    before, _, after = signature.partition(">")
-    inputs, outputs = _tensors(before), _tensors(after)
-    weights = _tensors(next((part[2:] for part in details if part.startswith("w ")), ""))
-    name = op.partition(".")[0]
-    moved = 0 if name in _VIEWS else sum(tensor.bytes for tensor in (*inputs, *outputs, *weights))
-    kind, operations = _operations(name, inputs, outputs, weights, details)
-    return Work(kind=kind, operations=operations, bits=_compute_bits(name, inputs), bytes=moved)
+    parts = read_key(key)
+    tensors = (*parts.inputs, *parts.outputs, *parts.weights)
+    moved = 0 if parts.name in _VIEWS else sum(tensor.bytes for tensor in tensors)
+    kind, operations = _operations(parts)
+    return Work(kind=kind, operations=operations, bits=_compute_bits(parts), bytes=moved)
 
 
 def time_us(work: Work, roofline: Roofline) -> float:
@@ -95,10 +66,10 @@ def estimate(keys: Iterable[str], roofline: Roofline) -> list[KernelRecord]:
     ]
 
 
-def _operations(
-    name: str, inputs: list[Tensor], outputs: list[Tensor], weights: list[Tensor], details: list[str]
-) -> tuple[Kind, int]:
+def _operations(parts: KernelParts) -> tuple[Kind, int]:
     """The kind of operator, and its operations."""
+    name, inputs, outputs, weights = parts.name, parts.inputs, parts.outputs, parts.weights
+    details = parts.details
     if "Conv" in name and weights and outputs:
         groups = next((int(m[1]) for part in details if (m := _GROUPS.search(part))), 1)
         depthwise = groups > 1 and weights[0].shape[0] % groups == 0 and weights[0].shape[1:2] == (1,)
@@ -107,7 +78,7 @@ def _operations(
         count = weights[0].count * _positions(positions, channels_last=last)
         return ("depthwise" if depthwise else "conv"), count
     if any(product in name for product in _PRODUCTS) and inputs and outputs:
-        return "linear", _product_operations(inputs, outputs, weights, details)
+        return "linear", _product_operations(parts)
     values = [tensor.count for tensor in (*inputs, *outputs)]
     return "other", 0 if name in _VIEWS else max(values, default=0)
 
@@ -118,8 +89,9 @@ def _positions(value: Tensor, *, channels_last: bool) -> int:
     return value.shape[0] * math.prod(places)
 
 
-def _product_operations(inputs: list[Tensor], outputs: list[Tensor], weights: list[Tensor], details: list[str]) -> int:
-    named = {m[1]: int(m[2]) for part in details for m in _NAMED.finditer(part)}
+def _product_operations(parts: KernelParts) -> int:
+    inputs, outputs, weights = parts.inputs, parts.outputs, parts.weights
+    named = {m[1]: int(m[2]) for part in parts.details for m in _NAMED.finditer(part)}
     if "K" in named:  # weights packed into blocks: their shape says nothing
         return outputs[0].count * named["K"]
     if weights and len(weights[0].shape) == 2:
@@ -128,20 +100,14 @@ def _product_operations(inputs: list[Tensor], outputs: list[Tensor], weights: li
     return outputs[0].count * (inputs[0].shape[-1] if inputs[0].shape else 1)
 
 
-def _compute_bits(name: str, inputs: list[Tensor]) -> int:
+def _compute_bits(parts: KernelParts) -> int:
     """The width of the arithmetic: that of the activations read; weights that are unpacked first don't count."""
-    if name == "MatMulNBits" or not inputs:
+    if parts.name == "MatMulNBits" or not parts.inputs:
         return FULL_BITS
-    return min(FULL_BITS, inputs[0].bits)
+    return min(FULL_BITS, parts.inputs[0].bits)
 
 
 def _peak_gops(roofline: Roofline, bits: int) -> float:
     """The rate at the bit-width, else at the next wider one that is known, else at the widest."""
     wider = [known for known in sorted(roofline.peak_gops) if known >= bits]
     return roofline.peak_gops[wider[0] if wider else max(roofline.peak_gops)]
-
-
-def _tensors(text: str) -> list[Tensor]:
-    return [
-        Tensor(dtype=dtype, shape=tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in _TYPE.findall(text)
-    ]

@@ -65,10 +65,11 @@ class KernelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """A whole model: what its kernels add up to beside what it really takes, for fitting the correction.
+    """A whole model: what its kernels add up to beside what it really takes, for fitting and checking predictions.
 
     `key` is the digest of its structure, `family` that of the model that it was measured beside (and is a variant of),
-    `nodes` counts executed kernels, `memory_bytes` is None if it wasn't measured.
+    `nodes` counts executed kernels, `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
+    predicted before this model was measured, with the share `foreseen` of it from kernels that it had measured.
     """
 
     __pydantic_config__ = _STRICT
@@ -82,6 +83,8 @@ class ModelRecord:
     size_bytes: Whole
     activation_bytes: Whole
     memory_bytes: Whole | None = None
+    predicted_us: NotNegative | None = None
+    foreseen: NotNegative | None = None
     bursts_us: Bursts = ()
     conditions: str | None = None
 

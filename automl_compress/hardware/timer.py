@@ -48,14 +48,9 @@ def trimmed_mean(values: Sequence[float], cut: float = 0.2) -> float:
 
 
 def burst_means(values: Sequence[float], bursts: int, discard: float) -> tuple[float, ...]:
-    """Split consecutive runs into bursts and take each one's trimmed mean without its first part.
-
-    `values` has one duration per run; with fewer runs than three per burst, everything is one burst.
-    """
+    """Split consecutive runs into bursts and take each one's trimmed mean without its first part (`discard` of it)."""
     length = len(values) // bursts
-    if length < 3:
-        return (trimmed_mean(values),)
-    skipped = int(length * discard)
+    skipped = min(int(length * discard), length - 1)
     return tuple(trimmed_mean(values[i * length + skipped : (i + 1) * length]) for i in range(bursts))
 
 

@@ -22,12 +22,13 @@ from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import InfeasibleError
 from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.measure import measure_variants
+from automl_compress.hardware.trust import advice
 from automl_compress.progress import Progress
 from automl_compress.search.decode import Decoder, cheapest, solve
 from automl_compress.search.dominated import drop_dominated
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.pricing import additive_table, covering_plans
+from automl_compress.search.forecast import SEARCH, Forecast
+from automl_compress.search.pricing import additive_table
 from automl_compress.search.sampler import make_sampler
 from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
 from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
@@ -47,7 +48,6 @@ from automl_compress.search.table import AdditiveTable
 # The search aims a little below a budget: a prediction errs by a percent or two, and a miss costs a distillation.
 AIM = {"latency": 0.985, "memory": 0.97}
 _REACH = 1.03  # an estimate this far above a limit is not yet proof that the limit can't be met
-_MEMORIES = 8
 STUDY = "one-shot"
 
 
@@ -65,12 +65,11 @@ class Campaign:
     seed: int = 0
     sampler: str = "budget"
     storage: str | None = None
-    costs: CostModel = field(init=False)
+    forecast: Forecast = field(init=False)
     original: Cost = field(init=False)
     budget: Budget = field(init=False)
     table: AdditiveTable = field(init=False)
     measured: dict[str, Cost] = field(default_factory=dict)
-    _predicted: dict[str, Cost] = field(default_factory=dict)
     _study: optuna.Study | None = None
     _milp: Plan | None = None
 
@@ -99,18 +98,19 @@ class Campaign:
             self.folder.write_json("original.json", known)
         self.original = Cost(**{"provenance": "measured", **known})
         self.budget = Budget.resolve(self.limits, self.original)
-        self.costs = CostModel(self.device.profile, self.device, original=self.bench.original)
+        self.forecast = Forecast(self.bench, self.space, self.device, seed=self.seed)
 
     def learn_device(self) -> None:
         """Show the device every shape that the space can reach, and make the additive table."""
+        filled = self.forecast.learn(SEARCH, self.progress)
+        for remedy in advice(filled.troubles):
+            self.progress.note(f"warning: {remedy}")
+        self.costs.anchor(self.bench.original, self.original.latency_us)
+        self.forecast.forget()
+        plans = self.forecast.variants
+        totals = [self.predict(plan).latency_us for plan in plans]
+        lowered = [self.forecast.kernels(plan) for plan in plans]
         executions = self.bench.executions
-        plans = covering_plans(self.space, self.bench.graph, executions=executions, seed=self.seed)
-        models = [self.bench.structure(plan) for plan in plans]
-        measure_variants(self.device, models, progress=self.progress, memories=_MEMORIES)
-        self.costs.anchor(models[0], self.original.latency_us)
-        self._predicted = {plan.key: self.costs.predict(model) for plan, model in zip(plans, models, strict=True)}
-        totals = [self._predicted[plan.key].latency_us for plan in plans]
-        lowered = [self.costs.lower(model) for model in models]
         offered = {d.target: [int(o) for o in d.options] for d in self.space.decisions if d.kind == "bits"}
         self.table = additive_table(
             self.bench.graph, plans, lowered, totals, self.original.size_bytes, {}, executions, offered
@@ -200,8 +200,12 @@ class Campaign:
     def tighten(self, predicted: Cost, measured: Cost) -> None:
         """A model came out dearer than predicted: correct the cost model, and forget what it said before."""
         self.costs.tighten(predicted, measured)
-        self._predicted.clear()
+        self.forecast.forget()
         self._study = None  # its sampler proposed by the old predictions
+
+    @property
+    def costs(self) -> CostModel:
+        return self.forecast.costs
 
     def describe(self, plan: Plan) -> str:
         cost = self.cost(plan)
@@ -214,10 +218,8 @@ class Campaign:
         return self.measured.get(plan.key) or self.predict(plan)
 
     def predict(self, plan: Plan) -> Cost:
-        """The plan's predicted cost; the same plan is lowered once."""
-        if plan.key not in self._predicted:
-            self._predicted[plan.key] = self.costs.predict(self.bench.structure(plan))
-        return self._predicted[plan.key]
+        """The plan's predicted cost."""
+        return self.forecast.predict(plan)
 
     def fits(self, plan: Plan) -> bool:
         """Whether the plan meets the budget: as measured, or as predicted with some room for the prediction's error."""

@@ -185,6 +185,12 @@ def _shapes(graph: Graph, plan: Plan, executions: Executions) -> set[tuple[str, 
     return found
 
 
+def weight_bytes(graph: Graph, plan: Plan) -> float:
+    """Bytes of all layers' weights in the file under a plan, scales included."""
+    widths = plan.widths(graph)
+    return sum(layer_bytes(graph.layer[name], (*widths[name], plan.layer_bits(name))) for name in widths)
+
+
 def _reachable(space: SearchSpace, graph: Graph, executions: Executions) -> set[tuple[str, Shape]]:
     """Every (layer key, shape) at full student width, for layers with at most one group on each side."""
     result: set[tuple[str, Shape]] = set()

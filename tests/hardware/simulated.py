@@ -18,6 +18,8 @@ FACTS = HostFacts(
     architecture="x86_64", cpu="Imaginary 9000", flags=("avx2", "fma"), cores=4, system="Linux 1", onnxruntime="1.32.0"
 )
 OVERHEAD_US = 2.0
+PROFILING_US = 3.0
+RUNS = 9
 
 
 def chain(*widths: int) -> onnx.ModelProto:
@@ -57,6 +59,11 @@ def node_times(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, int, int, f
     return found
 
 
+def whole_us(path: str) -> float:
+    nodes = node_times(onnx.load(path))
+    return sum(us for _, _, _, us in nodes) + OVERHEAD_US * len(nodes)
+
+
 class SimulatedRuntime:
     """A channel whose answers follow from the models alone. `drift` slows everything down from request to request."""
 
@@ -83,7 +90,7 @@ class SimulatedRuntime:
     def facts(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
         return {**vars(FACTS), "pinned": [0]}
 
-    def trace(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
+    def lower(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
         model = onnx.load(request["model"])
         shutil.copy(request["model"], request["optimized"])
         kernels = [
@@ -92,17 +99,25 @@ class SimulatedRuntime:
                 "name": node.name,
                 "inputs": [f"float[1,{read}]"],
                 "outputs": [f"float[1,{written}]"],
-                "us": [us] * request["runs"],
+                "us": [us] * RUNS,
+                "steps": [us + PROFILING_US] * RUNS,
             }
             for node, read, written, us in node_times(model)
         ]
         return {"kernels": kernels, "inputs": {"x": f"float[1,{node_times(model)[0][1]}]"}}
 
+    def trace(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
+        answer = self.lower(request, slowness)
+        for kernel in answer["kernels"]:
+            kernel["us"] *= request["rounds"]
+            kernel["steps"] = [slowness * (us + OVERHEAD_US) + PROFILING_US for us in kernel["us"]]
+        whole = {name: [slowness * whole_us(request[name])] * request["rounds"] for name in ("model", "reference")}
+        return {**answer, "runs": RUNS, "whole_us": whole["model"], "reference_us": whole["reference"]}
+
     def compare(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:
         bursts = {}
         for name, path in request["models"].items():
-            nodes = node_times(onnx.load(path))
-            bursts[name] = [slowness * (sum(n[3] for n in nodes) + OVERHEAD_US * len(nodes))] * request["bursts"]
+            bursts[name] = [slowness * whole_us(path)] * request["bursts"]
         return {"bursts_us": bursts, "runs": dict.fromkeys(bursts, 30)}
 
     def memory(self, request: Mapping[str, Any], slowness: float) -> dict[str, Any]:

@@ -26,11 +26,12 @@ def true_us(model: object) -> float:
     return sum(node[3] for node in nodes) + OVERHEAD_US * len(nodes)
 
 
-def test_filling_twice_measures_nothing_the_second_time(device: Device) -> None:
+def test_filling_twice_measures_nothing_the_second_time(device: Device, profile: DeviceProfile) -> None:
     first = measure_variants(device, VARIANTS)
     assert first.kernels > 0
-    assert first.models == 14
+    assert first.models == len(profile.models) >= 14
     assert first.memories == 5
+    assert not first.troubles
     before = dict(device.requests)
     assert measure_variants(device, VARIANTS) == Filled()
     assert device.requests == before
@@ -62,7 +63,7 @@ def test_predictions_for_unseen_models_are_right_where_the_runtime_is_regular(
 ) -> None:
     measure_variants(device, VARIANTS)
     model = CostModel(profile, device, original=VARIANTS[0])
-    latency, memory = model.fits(UNSEEN[0])
+    latency, memory = model.fits(true_us(UNSEEN[0]))
     assert latency.error is not None
     assert latency.error < 0.02
     assert memory.trusted
@@ -86,7 +87,7 @@ def test_another_networks_overheads_do_not_disturb(device: Device, profile: Devi
 def test_a_drift_between_turns_is_divided_out(profile: DeviceProfile) -> None:
     with Device(profile, launch=lambda s: SimulatedRuntime(s, drift=0.05)) as device:
         measure_variants(device, VARIANTS, memories=0)
-        assert device.requests["compare"] > 1
+        assert device.requests["trace"] > 1
     reference = profile.model(structure_digest(VARIANTS[0]))
     assert reference is not None
     for variant in VARIANTS:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import helper, numpy_helper
 
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.executed import RawKernel, read_trace
+from automl_compress.hardware.executed import RawKernel, read_lowering, read_trace
 from automl_compress.hardware.kernels import Lowered, kernels_of, key_of, layer_nodes, live_bytes, structure_digest
 from tests.hardware.simulated import chain
 
@@ -98,13 +100,38 @@ def test_what_was_fused_is_read_from_the_optimized_graph() -> None:
         "us": [3, 5],
     }
     answer = {"kernels": [event], "inputs": {"x": "float[1,3,8,8]", "skip": "float[1,16,4,4]"}}
-    (kernel,) = read_trace(answer, graph, bursts=1, discard=0.0)
+    (kernel,) = read_lowering(answer, graph)
     assert key_of(kernel) == (
         "Conv.nchwc|float[1,3,8,8],float[1,16,4,4]>float[1,16,4,4]|w float[16,3,3,3]|k3x3 s2x2 p0,0,1,1 g1|+add|relu"
     )
     assert kernel.op == "Conv"
     assert kernel.constants == ("w", "b")
-    assert kernel.mean_us == 4.5
+    assert math.isnan(kernel.mean_us)
+
+
+def test_what_profiling_adds_is_taken_off_so_that_kernels_add_up_to_the_whole() -> None:
+    """Two nodes, two rounds of three runs; the first step is longer than the duration, the last node has none."""
+    nodes = [helper.make_node("Relu", ["x"], ["y"], name="y"), helper.make_node("Tanh", ["y"], ["z"], name="z")]
+    graph = helper.make_graph(nodes, "g", [], [])
+    kind = {"inputs": ["float[8]"], "outputs": ["float[8]"]}
+    events = [
+        {"op": "Relu", "name": "y", **kind, "us": [5] * 6, "steps": [8, 8, 8, 16, 16, 16]},
+        {"op": "Tanh", "name": "z", **kind, "us": [5] * 3 + [9] * 3, "steps": [None] * 6},
+    ]
+    answer = {
+        "kernels": events,
+        "inputs": {"x": "float[8]"},
+        "runs": 3,
+        "whole_us": [9.5, 19.5],
+        "reference_us": [4, 8],
+    }
+    trace = read_trace(answer, graph, discard=0.0)
+    assert [kernel.bursts_us for kernel in trace.kernels] == [(6.0, 13.0), (3.5, 6.5)]
+    assert [sum(k.bursts_us[i] for k in trace.kernels) for i in (0, 1)] == list(trace.whole_us)
+    # The second round ran on a machine that was half as fast.
+    assert trace.whole(4.0) == (pytest.approx(9.625), pytest.approx(0.25 / 9.625), (9.5, 9.75))
+    assert [kernel.bursts_us for kernel in trace.timed(4.0)] == [(6.0, 6.5), (3.5, 3.25)]
+    assert trace.whole(None)[2] == (9.5, 19.5)
 
 
 def test_live_activations_are_those_still_needed() -> None:

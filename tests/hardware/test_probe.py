@@ -196,11 +196,14 @@ def test_events_of_one_node_are_gathered_in_order_of_execution() -> None:
             "input_type_shape": [{"float": [1, 3]}],
             "output_type_shape": [],
         }
-        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": us, "args": args}
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": us, "ts": 10 * len(events), "args": args}
 
-    events = [event("b", 1, "7"), event("a", 2, "3"), {"cat": "Session", "name": "x"}, event("b", 3, "7")]
+    events: list[dict[str, object]] = []
+    for name, us, index in (("b", 1, "7"), ("a", 2, "3"), ("b", 3, "7"), ("a", 4, "3")):
+        events += [event(name, us, index), {"cat": "Session", "name": "x"}]
     nodes = executed_nodes(events)
     assert [(n["name"], n["us"], n["inputs"]) for n in nodes] == [
         ("b", [1, 3], ["float[1,3]"]),
-        ("a", [2], ["float[1,3]"]),
+        ("a", [2, 4], ["float[1,3]"]),
     ]
+    assert [n["steps"] for n in nodes] == [[20, 20], [None, None]], "a step doesn't reach into the next run"

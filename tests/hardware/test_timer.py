@@ -48,8 +48,8 @@ def test_the_first_part_of_each_burst_is_discarded() -> None:
     assert timer.burst_means(cold_then_warm * 3, bursts=3, discard=0.34) == (5.0, 5.0, 5.0)
 
 
-def test_too_few_runs_for_bursts_are_one_burst() -> None:
-    assert len(timer.burst_means([4.0, 6.0], bursts=3, discard=0.34)) == 1
+def test_a_burst_of_one_run_is_that_run() -> None:
+    assert timer.burst_means([4.0, 6.0, 7.0], bursts=3, discard=0.34) == (4.0, 6.0, 7.0)
 
 
 def test_spread_is_the_quartile_range_over_the_median() -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from automl_compress.hardware import probe
 
+_PROFILING_US = 2.0
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -45,10 +46,11 @@ class TimelessRuntime:
     def close(self) -> str:
         return "closed"
 
-    def trace(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        found = probe.trace({**request, "runs": 1}, self._settings, lambda _: None)
+    def lower(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        found = probe.lower(dict(request), self._settings, lambda _: None)
         for kernel in found["kernels"]:
-            kernel["us"] = [node_us(kernel)] * request["runs"]
+            kernel["us"] = [node_us(kernel)] * len(kernel["us"])
+            kernel["steps"] = [us + 0.5 + _PROFILING_US for us in kernel["us"]]
         return found
 
     def optimize(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +58,13 @@ class TimelessRuntime:
 
     def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return probe.run(dict(request), self._settings, lambda _: None)
+
+    def trace(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        found = self.lower(request)
+        for kernel in found["kernels"]:
+            kernel["us"], kernel["steps"] = ((kernel[name] * request["rounds"]) for name in ("us", "steps"))
+        whole = {name: [self._model_us(request[name])] * request["rounds"] for name in ("model", "reference")}
+        return {**found, "runs": 2, "whole_us": whole["model"], "reference_us": whole["reference"]}
 
     def compare(self, request: Mapping[str, Any]) -> dict[str, Any]:
         bursts = {name: [self._model_us(path)] * request["bursts"] for name, path in request["models"].items()}
@@ -65,9 +74,9 @@ class TimelessRuntime:
         return {"peak_bytes": 60_000_000 + 3 * Path(request["model"]).stat().st_size}
 
     def _model_us(self, path: str) -> float:
-        request = {"model": path, "runs": 1, "optimized": f"{path}.optimized"}
+        request = {"model": path, "optimized": f"{path}.optimized"}
         try:
-            kernels = probe.trace(request, self._settings, lambda _: None)["kernels"]
+            kernels = probe.lower(request, self._settings, lambda _: None)["kernels"]
         finally:
             Path(request["optimized"]).unlink(missing_ok=True)
         return sum(node_us(kernel) + 0.5 for kernel in kernels) + 3.0

@@ -1,0 +1,251 @@
+"""What a kernel takes at sizes that were not measured, from kernels that differ from it in nothing but sizes.
+
+A family's times follow a roofline with costs that can't be negative (a call, multiply-adds, bytes read, written, and of
+weights); what it misses (the staircase of blocked layouts above all) is learned by a Gaussian process on the logarithm
+of measured over roofline. Its inputs are the sizes' logarithms, and for each size what is left over after blocks of 2,
+4, 8, 16, 32: 48 channels are like 32, not like 47. Far from anything measured the roofline is what remains, and the
+uncertainty says so. (Rasmussen and Williams 2006, chapter 2.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from automl_compress.core.budget import Provenance
+from automl_compress.hardware.kernel_key import read_key
+from automl_compress.hardware.roofline import work_of
+from automl_compress.hardware.schema import KernelRecord
+
+Array = NDArray[np.float64]
+
+SMALLEST_US = 0.05
+# Neighbours that a prediction looks at: more don't change it, and the cost grows with the cube.
+_NEIGHBOURS = 48
+_SIGNAL = 0.3
+_NOISE = 0.02
+# Reaches that are tried, the default first: octaves of a size, and weights of blocks that aren't filled.
+_REACHES = tuple((along, across) for along in (2.0, 0.7, 4.0) for across in (1.5, 0.7, 4.0))
+_ENOUGH_TO_CHOOSE = 12
+_LARGEST_CHOICE = 200
+# What profiling adds to a kernel is known to about so many microseconds.
+_RESOLUTION_US = 0.2
+_FEW = 3
+# One standard deviation, relative, where only kernels of another family, or none, are known.
+_RELATED_ERROR = 0.4
+_UNKNOWN_ERROR = 1.0
+_FROM_WEAKEST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
+_BLOCKS = ((2, 0.35), (4, 0.5), (8, 0.6), (16, 0.8), (32, 0.4))
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Microseconds of one kernel, the relative standard deviation of that figure, and where it comes from."""
+
+    us: float
+    error: float
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """Kernels added up: microseconds, relative standard deviation, share of measured ones, the weakest provenance.
+
+    `guess_error` is the part of the standard deviation that measuring the rest would take away.
+    """
+
+    us: float
+    error: float
+    guess_error: float
+    measured_share: float
+    provenance: Provenance
+
+
+class PriceList:
+    """Prices of kernels, measured or not, from a profile's measured ones.
+
+    Kernels that were measured have that price. Others are interpolated within their family; where there is no family of
+    at least three, they are estimated from all kernels of the same operator, or of any.
+    """
+
+    def __init__(self, kernels: Mapping[str, KernelRecord]) -> None:
+        self._known = dict(kernels)
+        self._prices: dict[str, Price] = {}
+        families: dict[str, list[str]] = defaultdict(list)
+        operators: dict[str, list[str]] = defaultdict(list)
+        for key in self._known:
+            parts = read_key(key)
+            families[parts.family].append(key)
+            operators[parts.op].append(key)
+        self._families = families
+        self._operators = operators
+        self._curves: dict[str, SizeCurve] = {}
+
+    def __getitem__(self, key: str) -> Price:
+        price = self._prices.get(key)
+        if price is None:
+            price = self._prices[key] = self._measured(key) or self._interpolated(key)
+        return price
+
+    def total(self, keys: Iterable[str]) -> Total:
+        """What kernels take one after the other. Errors of equal kernels are one error and add up."""
+        counts = Counter(keys)
+        prices = {key: self[key] for key in counts}
+        us = sum(prices[key].us * count for key, count in counts.items())
+        variances = {key: (prices[key].us * prices[key].error * count) ** 2 for key, count in counts.items()}
+        guessed = sum(variance for key, variance in variances.items() if prices[key].provenance != "measured")
+        measured = sum(prices[key].us * n for key, n in counts.items() if prices[key].provenance == "measured")
+        found = {price.provenance for price in prices.values()}
+        weakest: Provenance = next((p for p in _FROM_WEAKEST if p in found), "measured")
+        if not us:
+            return Total(0.0, 0.0, 0.0, 1.0, "measured")
+        error, guess_error = (math.sqrt(variance) / us for variance in (sum(variances.values()), guessed))
+        return Total(us, error, guess_error, measured / us, weakest)
+
+    def _measured(self, key: str) -> Price | None:
+        record = self._known.get(key)
+        if record is None:
+            return None
+        return Price(record.mean_us, _error(record), record.provenance)
+
+    def _interpolated(self, key: str) -> Price:
+        parts, place = read_key(key), place_of(key)
+        if len(self._families.get(parts.family, ())) >= _FEW:
+            us, error = self._curve(parts.family, self._families[parts.family])(place)
+            return Price(us, error, self._provenance(parts.family))
+        for name, keys in ((f"op {parts.op}", self._operators.get(parts.op, [])), ("any", list(self._known))):
+            if keys:
+                us = self._curve(name, keys).roofline(place)
+                return Price(us, _RELATED_ERROR if name != "any" else _UNKNOWN_ERROR, "estimated")
+        return Price(1.0, _UNKNOWN_ERROR, "estimated")
+
+    def _provenance(self, family: str) -> Provenance:
+        """Between estimates lies an estimate."""
+        known = {self._known[key].provenance for key in self._families[family]}
+        return "estimated" if "estimated" in known else "interpolated"
+
+    def _curve(self, name: str, keys: Sequence[str]) -> SizeCurve:
+        if name not in self._curves:
+            records = [self._known[key] for key in keys]
+            times = np.array([max(record.mean_us, SMALLEST_US) for record in records])
+            errors = np.array([_error(record) for record in records])
+            self._curves[name] = SizeCurve([place_of(key) for key in keys], times, errors)
+        return self._curves[name]
+
+
+def _error(record: KernelRecord) -> float:
+    """Relative standard deviation of a measured kernel: by its spread, a range of few rounds, and by the resolution."""
+    if record.provenance == "estimated":
+        return _RELATED_ERROR
+    once = max(record.spread / 3, _RESOLUTION_US / max(record.mean_us, SMALLEST_US))
+    return min(max(once / math.sqrt(record.count), 0.005), 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class SizePlace:
+    """Where a kernel lies among its family: its sizes, and the work that they imply (a call included)."""
+
+    sizes: tuple[int, ...]
+    work: tuple[float, ...]
+
+
+def place_of(key: str) -> SizePlace:
+    """A kernel's sizes and work, by its key."""
+    parts, work = read_key(key), work_of(key)
+    reads, writes, weights = (
+        sum(tensor.bytes for tensor in tensors) / 1e4 for tensors in (parts.inputs, parts.outputs, parts.weights)
+    )
+    return SizePlace(parts.sizes, (1.0, work.operations / 1e6, reads, writes, weights))
+
+
+class SizeCurve:
+    """Time as a function of sizes, fitted to kernels of one family (or of one operator, then only as a roofline).
+
+    `errors` are the relative standard deviations of the times. How far similarity reaches, in sizes and in blocks, is
+    what makes kernels that are left out most likely.
+    """
+
+    def __init__(self, places: Sequence[SizePlace], times_us: Array, errors: Array) -> None:
+        self._times = times_us
+        work = np.array([place.work for place in places])
+        # Relative residuals: a kernel of 2 us counts as much as one of 2 ms.
+        self._rates, _ = nnls(work / times_us[:, None], np.ones(len(times_us)))
+        self._residuals = np.log(times_us / self._rooflines(work))
+        self._noise = np.hypot(errors, _NOISE)
+        self._columns: list[int] | None = None
+        if len({len(place.sizes) for place in places}) == 1:
+            sizes = np.array([place.sizes for place in places], dtype=int).reshape(len(places), -1)
+            self._columns = _distinct_columns(sizes)
+            self._logs, self._blocks = _features(sizes[:, self._columns])
+            self._reach = _most_likely(self._logs, self._blocks, self._residuals, self._noise)
+
+    def roofline(self, place: SizePlace) -> float:
+        """Microseconds by the family's fitted rates alone."""
+        return float(self._rooflines(np.array([place.work]))[0])
+
+    def __call__(self, place: SizePlace) -> tuple[float, float]:
+        """(microseconds, relative standard deviation) at these sizes."""
+        assert self._columns is not None
+        logs, blocks = _features(np.array([place.sizes], dtype=int)[:, self._columns])
+        along, across = self._reach
+        distances = _distances(self._logs, logs, along)[:, 0] + _distances(self._blocks, blocks, across)[:, 0]
+        near = np.argsort(distances, kind="stable")[:_NEIGHBOURS]
+        between = _distances(self._logs[near], self._logs[near], along)
+        between += _distances(self._blocks[near], self._blocks[near], across)
+        covariance = _SIGNAL**2 * np.exp(-0.5 * between) + np.diag(self._noise[near] ** 2)
+        toward = _SIGNAL**2 * np.exp(-0.5 * distances[near])
+        weights = np.linalg.solve(covariance, toward)
+        variance = max(_SIGNAL**2 - float(weights @ toward), 0.0) + _NOISE**2
+        ratio = float(weights @ self._residuals[near])
+        return self.roofline(place) * float(np.exp(ratio)), float(np.sqrt(variance))
+
+    def _rooflines(self, work: Array) -> Array:
+        floor = max(SMALLEST_US, 0.2 * float(self._times.min()))
+        predicted: Array = np.maximum(work @ self._rates, floor)
+        return predicted
+
+
+def _distinct_columns(sizes: NDArray[np.int_]) -> list[int]:
+    """Columns that vary, each once: channels appear in what is read, written, and in the weights."""
+    found: dict[bytes, int] = {}
+    for number, column in enumerate(sizes.T):
+        if len(np.unique(column)) > 1:
+            found.setdefault(column.tobytes(), number)
+    return sorted(found.values())
+
+
+def _features(sizes: NDArray[np.int_]) -> tuple[Array, Array]:
+    """Where kernels lie among their family: logarithms of their sizes, and which blocks these don't fill."""
+    logs = np.log2(np.maximum(sizes, 1)).astype(float)
+    blocks = [(sizes % block != 0).astype(float) * weight for block, weight in _BLOCKS]
+    return logs, np.concatenate(blocks, axis=1)
+
+
+def _distances(one: Array, other: Array, reach: float) -> Array:
+    """Squared distances of all pairs, in units of `reach`."""
+    squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None] - 2 * one @ other.T
+    distances: Array = np.maximum(squares, 0.0) / reach**2
+    return distances
+
+
+def _most_likely(logs: Array, blocks: Array, values: Array, noise: Array) -> tuple[float, float]:
+    """The pair of reaches under which values are most likely, each left out once (Rasmussen and Williams, 5.12)."""
+    if len(values) < _ENOUGH_TO_CHOOSE:
+        return _REACHES[0]
+    some = np.linspace(0, len(values) - 1, min(len(values), _LARGEST_CHOICE)).round().astype(int)
+    best, chosen = -np.inf, _REACHES[0]
+    for along, across in _REACHES:
+        between = _distances(logs[some], logs[some], along) + _distances(blocks[some], blocks[some], across)
+        inverse = np.linalg.inv(_SIGNAL**2 * np.exp(-0.5 * between) + np.diag(noise[some] ** 2))
+        variance = 1 / np.diag(inverse)
+        misses = (inverse @ values[some]) * variance
+        likelihood = float(-0.5 * (np.log(variance) + misses**2 / variance).sum())
+        if likelihood > best:
+            best, chosen = likelihood, (along, across)
+    return chosen

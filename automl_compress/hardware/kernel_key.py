@@ -1,0 +1,93 @@
+"""What a kernel's key says, taken apart: types and shapes, and the sizes that kernels of one family differ in."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+_TENSOR = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
+# Numbers outside of shapes that follow the number of channels.
+_CHANNELS = re.compile(r"\b(g|channels=)(\d+)")
+_DIGITS = re.compile(r"\d+")
+_FLOAT_BITS = {"float": 32, "double": 64, "bool": 8}
+FULL_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A type and shape as a kernel's key has them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        """Of one number: 32 for float, 8 for int8 and uint8."""
+        found = _DIGITS.search(self.dtype)
+        return _FLOAT_BITS.get(self.dtype) or (int(found[0]) if found else FULL_BITS)
+
+    @property
+    def bytes(self) -> int:
+        return math.ceil(self.count * self.bits / 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelParts:
+    """A key taken apart (see `kernels.key_of`); a part that can't be read counts as absent.
+
+    op       executed operator with its layout, e.g. "Conv.nchwc"; `name` is the operator alone
+    inputs, outputs    activations; `weights`: constants with more than one dimension
+    details  geometry, attributes, what was fused
+    family   the key with every size taken out: kernels of one family differ in nothing but `sizes`
+    """
+
+    op: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    details: tuple[str, ...]
+    family: str
+    sizes: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.op.partition(".")[0]
+
+
+@lru_cache(maxsize=100_000)
+def read_key(key: str) -> KernelParts:
+    """Take a key apart."""
+    op, _, rest = key.partition("|")
+    signature, *details = rest.split("|") if rest else [""]
+    before, _, after = signature.partition(">")
+    weights = next((part[2:] for part in details if part.startswith("w ")), "")
+    family, sizes = [op], []
+    for part in (signature, *details):
+        for _, dims in _TENSOR.findall(part):
+            sizes += [int(size) for size in dims.split(",") if size]
+        sizes += [int(number) for _, number in _CHANNELS.findall(part)]
+        part = _TENSOR.sub(lambda m: f"{m[1]}[{m[2].count(',') + 1 if m[2] else 0}]", part)
+        # A convolution with groups is another algorithm than one without.
+        family.append(_CHANNELS.sub(lambda m: f"{m[1]}{'1' if m[0] == 'g1' else 'N'}", part))
+    return KernelParts(
+        op=op,
+        inputs=_tensors(before),
+        outputs=_tensors(after),
+        weights=_tensors(weights),
+        details=tuple(details),
+        family="|".join(family),
+        sizes=tuple(sizes),
+    )
+
+
+def _tensors(text: str) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(dtype=dtype, shape=tuple(int(size) for size in dims.split(",") if size))
+        for dtype, dims in _TENSOR.findall(text)
+    )

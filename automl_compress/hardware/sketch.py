@@ -1,0 +1,85 @@
+"""A model in outline: what decides which kernels the runtime makes of it, without weights. Values only.
+
+Building a plan's ONNX model and letting the runtime lower it takes tens of milliseconds; a sketch takes one. What the
+runtime makes of a sketch is learned from models that it did lower (`surroundings.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """The nodes of a graph in execution order, and who reads whom; the same for all plans that remove the same blocks.
+
+    sites   name of each node's first output
+    ops     its operator
+    kinds   what it is apart from sizes: operator, kernel, strides ...
+    layers  name of the layer that it computes, None for other nodes
+    inputs  positions of the nodes whose values it reads; -1 stands for an input of the model
+    """
+
+    sites: tuple[str, ...]
+    ops: tuple[str, ...]
+    kinds: tuple[str, ...]
+    layers: tuple[str | None, ...]
+    inputs: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def users(self) -> tuple[tuple[int, ...], ...]:
+        """Positions of the nodes that read each node's value."""
+        found: list[list[int]] = [[] for _ in self.ops]
+        for position, sources in enumerate(self.inputs):
+            for source in sources:
+                if source >= 0:
+                    found[source].append(position)
+        return tuple(tuple(users) for users in found)
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        return {site: position for position, site in enumerate(self.sites)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """A plan's model in outline. Every sequence has one entry for each node of the skeleton.
+
+    integer    whether the node is to run in 8-bit integers
+    quantized  whether its value is kept as 8-bit integers, for whoever reads it
+    omitted    whether it vanishes, since quantization does the same (a Relu before a Quantize)
+    bits       of a layer's weights, 32 for other nodes
+    read, written              channels of the first value that it reads and of the one that it writes
+    read_numbers, written_numbers    how many numbers those values have, for one sample
+    size_terms                 what a file's size follows: (bytes of layers' weights, number of quantized values, 1)
+    """
+
+    skeleton: Skeleton
+    integer: Sequence[bool]
+    quantized: Sequence[bool]
+    omitted: Sequence[bool]
+    bits: Sequence[int]
+    read: Sequence[int]
+    written: Sequence[int]
+    read_numbers: Sequence[int]
+    written_numbers: Sequence[int]
+    size_terms: tuple[float, float, float]
+
+    def live_bytes(self) -> float:
+        """The peak of values that are alive at the same time, were no node fused with another."""
+        users = self.skeleton.users
+        last = [max(reading, default=len(users)) for reading in users]
+        sizes = [
+            0.0 if gone else count * (1.0 if small else 4.0)
+            for count, small, gone in zip(self.written_numbers, self.quantized, self.omitted, strict=True)
+        ]
+        ends: dict[int, float] = {}
+        alive = peak = 0.0
+        for position, size in enumerate(sizes):
+            alive += size
+            peak = max(peak, alive)
+            ends[last[position]] = ends.get(last[position], 0.0) + size
+            alive -= ends.pop(position, 0.0)
+        return peak

@@ -1,0 +1,279 @@
+"""What the runtime makes of a sketch: learned from models that it lowered, without running it again.
+
+A layer's own kernel is looked up by layer, bit-width and channels (and interpolated where those were not seen). What
+runs besides, reorders, conversions, additions, is charged to the node that it serves and depends on what surrounds the
+node: which neighbours run in integers, in which layout values are, whether channels fill the layout's blocks. Such
+surroundings repeat, within a network and from plan to plan. For each, at four levels of detail, a linear function of
+the values' sizes is fitted, drawn toward that of the next coarser level; the finest level that was seen predicts.
+
+The layouts are guessed by following them through the graph (blocked behind an aligned convolution in floating point,
+channels last behind one in integers, passed on by operators that work element by element). The guess only sorts nodes
+into surroundings: what these cost is learned, and how well it predicts is tested on models that were left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from automl_compress.hardware.interpolate import PriceList, SizeCurve, SizePlace, Total
+from automl_compress.hardware.kernels import Kernel
+from automl_compress.hardware.sketch import Skeleton, Sketch
+
+Array = NDArray[np.float64]
+Levels = tuple[Hashable, Hashable, Hashable, Hashable]
+
+_BLOCK = 16
+_RIDGE = 0.3
+_HELD_OUT = 5
+# fmt: off
+_ELEMENTWISE = frozenset({
+    "Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Add", "Mul", "Concat", "MaxPool",
+    "AveragePool", "GlobalAveragePool",
+})
+# fmt: on
+_MOVING = frozenset({"Slice", "Pad", "Squeeze", "Reshape", "Transpose"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A sketch and the kernels that the runtime executed for it."""
+
+    sketch: Sketch
+    kernels: tuple[Kernel, ...]
+
+
+class Surroundings:
+    """Predicts the sum of a sketch's kernels. `error` is the median relative error on samples that were left out, None
+    with too few to tell; `worst_error` the largest."""
+
+    def __init__(self, samples: Sequence[Sample], prices: PriceList) -> None:
+        self._prices = prices
+        self.error: float | None = None
+        self.worst_error: float | None = None
+        rows = [_row(sample, prices) for sample in samples]
+        if len(rows) >= 2 * _HELD_OUT:
+            misses = []
+            for start in range(_HELD_OUT):
+                self._fit([row for i, row in enumerate(rows) if i % _HELD_OUT != start])
+                misses += [self._miss(row) for i, row in enumerate(rows) if i % _HELD_OUT == start]
+            self.error, self.worst_error = float(np.median(misses)), max(misses)
+        self._fit(rows)
+
+    def __call__(self, sketch: Sketch) -> tuple[Total, float]:
+        """(sum of the kernels, number of kernels)."""
+        skeleton, details = sketch.skeleton, surroundings(sketch)
+        us, variance, nodes, certain = self._elsewhere[0], 0.0, self._elsewhere[1], True
+        for position, layer in enumerate(skeleton.layers):
+            extra = self._helpers(details[position], sketch, position)
+            us, nodes = us + max(0.0, extra[0]), nodes + extra[1]
+            if layer is not None:
+                own, error, known = self._own(skeleton.kinds[position], sketch, position)
+                us, nodes, variance, certain = us + own, nodes + 1, variance + (own * error) ** 2, certain and known
+        spread = (self.error if self.error is not None else 0.1) / 0.6745
+        error = float(np.hypot(np.sqrt(variance) / max(us, 1e-9), spread))
+        return Total(us, error, error, 0.0, "interpolated" if certain else "estimated"), nodes
+
+    def _miss(self, row: _Row) -> float:
+        return abs(self(row.sketch)[0].us / row.total_us - 1.0)
+
+    def _own(self, kind: str, sketch: Sketch, position: int) -> tuple[float, float, bool]:
+        """(microseconds, relative standard deviation, whether anything like it was seen) of a layer's own kernel."""
+        name = (kind, sketch.bits[position], sketch.integer[position])
+        at = (sketch.read[position], sketch.written[position])
+        entries = self._entries.get(name)
+        if entries is None:
+            return self._typical, 1.0, False
+        if at in entries:
+            return (*entries[at], True)
+        if (name, at) not in self._between:
+            if name not in self._curves:
+                places = [_place(*widths) for widths in entries]
+                times, errors = (np.array(column) for column in zip(*entries.values(), strict=True))
+                self._curves[name] = SizeCurve(places, times, errors)
+            self._between[name, at] = self._curves[name](_place(*at))
+        return (*self._between[name, at], True)
+
+    def _helpers(self, levels: Levels, sketch: Sketch, position: int) -> tuple[float, float]:
+        for level, name in zip(reversed(self._levels), reversed(levels), strict=True):
+            fitted = level.get(name)
+            if fitted is not None:
+                a, b = sketch.written_numbers[position] / 1e4, sketch.read_numbers[position] / 1e4
+                return fitted[0] + fitted[1] * a + fitted[2] * b, fitted[3]
+        return 0.0, 0.0
+
+    def _fit(self, rows: Sequence[_Row]) -> None:
+        own: dict[Hashable, dict[tuple[int, int], list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+        groups: list[dict[Hashable, list[tuple[float, ...]]]] = [defaultdict(list) for _ in range(4)]
+        parents: list[dict[Hashable, Hashable]] = [{} for _ in range(4)]
+        for row in rows:
+            sketch, skeleton = row.sketch, row.sketch.skeleton
+            for position, levels in enumerate(row.levels):
+                sizes = (sketch.written_numbers[position] / 1e4, sketch.read_numbers[position] / 1e4)
+                for number, name in enumerate(levels):
+                    groups[number][name].append((1.0, *sizes, row.helper_us[position], row.helper_count[position]))
+                    parents[number][name] = levels[max(number - 1, 0)]
+                price = row.own[position]
+                if price is not None:
+                    kind = (skeleton.kinds[position], sketch.bits[position], sketch.integer[position])
+                    own[kind][sketch.read[position], sketch.written[position]].append(price)
+        self._entries = {
+            name: {
+                at: (float(np.mean([us for us, _ in seen])), max(e for _, e in seen)) for at, seen in entries.items()
+            }
+            for name, entries in own.items()
+        }
+        self._curves: dict[Hashable, SizeCurve] = {}
+        self._between: dict[tuple[Hashable, tuple[int, int]], tuple[float, float]] = {}
+        everything = [us for entries in self._entries.values() for us, _ in entries.values()]
+        self._typical = float(np.median(everything)) if everything else 0.0
+        self._elsewhere = tuple(float(np.median([row.elsewhere[i] for row in rows])) if rows else 0.0 for i in (0, 1))
+        self._levels: list[dict[Hashable, tuple[float, float, float, float]]] = [{}, {}, {}, {}]
+        for number, group in enumerate(groups):
+            for name, entries in group.items():
+                table = np.array(entries)
+                above = self._levels[number - 1][parents[number][name]] if number else None
+                self._levels[number][name] = _ridge(table, above)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A sample, charged to its nodes. `elsewhere` is (us, count) of kernels that belong to no node."""
+
+    sketch: Sketch
+    levels: tuple[Levels, ...]
+    own: tuple[tuple[float, float] | None, ...]
+    helper_us: tuple[float, ...]
+    helper_count: tuple[float, ...]
+    elsewhere: tuple[float, float]
+    total_us: float
+
+
+def _row(sample: Sample, prices: PriceList) -> _Row:
+    sketch = sample.sketch
+    count = len(sketch.skeleton.ops)
+    own: list[tuple[float, float] | None] = [None] * count
+    helper_us, helper_count = [0.0] * (count + 1), [0.0] * (count + 1)
+    total = 0.0
+    for kernel, position in zip(sample.kernels, charge(sketch.skeleton, sample.kernels), strict=True):
+        price = prices[kernel.key]
+        total += price.us
+        if kernel.role == "layer" and position < count and own[position] is None:
+            own[position] = (price.us, price.error)
+        else:
+            helper_us[position] += price.us
+            helper_count[position] += 1
+    return _Row(
+        sketch=sketch,
+        levels=surroundings(sketch),
+        own=tuple(own),
+        helper_us=tuple(helper_us[:count]),
+        helper_count=tuple(helper_count[:count]),
+        elsewhere=(helper_us[count], helper_count[count]),
+        total_us=total,
+    )
+
+
+def charge(skeleton: Skeleton, kernels: Sequence[Kernel]) -> list[int]:
+    """The node that each kernel serves: the one that it computes, else whose value its name keeps a trace of, else the
+    one that made what it reads; the number of nodes where none of these is found."""
+    layers = {layer: i for i, layer in enumerate(skeleton.layers) if layer is not None}
+    makers: dict[str, int] = {}
+    charged = []
+    for kernel in kernels:
+        position = layers.get(kernel.layer or "") if kernel.role == "layer" else None
+        for name in (*kernel.writes, *kernel.reads):
+            if position is None:
+                position = makers.get(name, _traced(skeleton, name))
+        if position is None:
+            position = len(skeleton.ops)
+        makers.update(dict.fromkeys(kernel.writes, position))
+        charged.append(position)
+    return charged
+
+
+def _traced(skeleton: Skeleton, name: str) -> int | None:
+    """'relu_3_nchwc' -> the node that writes 'relu_3': what the runtime makes of a value keeps its name in front."""
+    while name:
+        if name in skeleton.position:
+            return skeleton.position[name]
+        name = name[: max(name.rfind("_"), name.rfind("/"), 0)]
+    return None
+
+
+def surroundings(sketch: Sketch) -> tuple[Levels, ...]:
+    """For each node what surrounds it, at four levels of detail, coarsest first."""
+    skeleton = sketch.skeleton
+    layouts = _layouts(sketch)
+    near = []
+    for i, (op, inputs) in enumerate(zip(skeleton.ops, skeleton.inputs, strict=True)):
+        reads_integers = any(sketch.quantized[j] for j in inputs if j >= 0)
+        flags = (
+            op,
+            sketch.integer[i],
+            sketch.quantized[i],
+            reads_integers,
+            sketch.bits[i] if skeleton.layers[i] else 0,
+        )
+        read_layouts = tuple(sorted(layouts[j] if j >= 0 else "input" for j in inputs))
+        detail = (layouts[i], read_layouts)
+        fill = (
+            sketch.omitted[i],
+            sketch.written[i] % _BLOCK == 0,
+            sketch.written[i] % 4 == 0,
+            sketch.read[i] % _BLOCK == 0,
+        )
+        near.append((flags, detail, fill))
+    codes = [hash(entry) for entry in near]
+    first = [_around(skeleton, codes, i) for i in range(len(codes))]
+    second = [_around(skeleton, first, i) for i in range(len(codes))]
+    return tuple(
+        ((kind, flags, detail), (kind, code), (kind, code, one), (kind, code, one, two))
+        for kind, (flags, detail, _), code, one, two in zip(skeleton.kinds, near, codes, first, second, strict=True)
+    )
+
+
+def _around(skeleton: Skeleton, codes: Sequence[int], i: int) -> int:
+    before = tuple(codes[j] if j >= 0 else 0 for j in skeleton.inputs[i])
+    return hash((before, tuple(sorted(codes[j] for j in skeleton.users[i]))))
+
+
+def _layouts(sketch: Sketch) -> list[str]:
+    """A guess at the layout of each node's value: 'blocked', 'last' (channels last), 'mixed' or 'plain'."""
+    skeleton = sketch.skeleton
+    layouts: list[str] = []
+    for i, op in enumerate(skeleton.ops):
+        sources = {layouts[j] if j >= 0 else "plain" for j in skeleton.inputs[i]}
+        one = next(iter(sources)) if len(sources) == 1 else ""
+        if op == "Conv":
+            layout = "last" if sketch.integer[i] else "blocked" if sketch.written[i] % _BLOCK == 0 else "plain"
+        elif op in _ELEMENTWISE and one in ("blocked", "last") and not (one == "blocked" and sketch.integer[i]):
+            layout = one
+        elif op in _ELEMENTWISE and "blocked" in sources and not sketch.integer[i] and not sketch.quantized[i]:
+            layout = "mixed"
+        elif op in _MOVING and sketch.quantized[i] and one == "last":
+            layout = "last"
+        else:
+            layout = "plain"
+        layouts.append("left" if layout == "blocked" and sketch.quantized[i] else layout)
+    return layouts
+
+
+def _ridge(table: Array, above: tuple[float, float, float, float] | None) -> tuple[float, float, float, float]:
+    """Coefficients of (1, numbers written, numbers read) for the time, and the mean count, drawn toward `above`."""
+    design, times, counts = table[:, :3], table[:, 3], table[:, 4]
+    prior = np.array(above[:3]) if above is not None else np.array([times.mean(), 0.0, 0.0])
+    left = design.T @ design + _RIDGE * np.eye(3)
+    found = prior + np.linalg.solve(left, design.T @ (times - design @ prior))
+    weight = len(counts) / (len(counts) + _RIDGE)
+    count = weight * float(counts.mean()) + (1 - weight) * (above[3] if above is not None else float(counts.mean()))
+    return float(found[0]), float(found[1]), float(found[2]), count
+
+
+def _place(read: int, written: int) -> SizePlace:
+    """A layer's kernel at so many channels, as something to interpolate over."""
+    return SizePlace((read, written), (1.0, read * written / 1e3, read / 1e2, written / 1e2, 0.0))

@@ -1,0 +1,262 @@
+"""What plans of one network cost on a device: learned once, then told for any plan.
+
+Two ways. `predict` builds the plan's ONNX model and asks the runtime which kernels it makes of it: tens of
+milliseconds, and as exact as the prices of kernels are. `quick` sketches the plan and tells the kernels from what the
+runtime made of others: about a millisecond, with an error of its own that is known from plans that were left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import cached_property
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from automl_compress.core.budget import Cost
+from automl_compress.core.plan import Plan
+from automl_compress.deploy.sketcher import Sketcher
+from automl_compress.errors import ExportError
+from automl_compress.hardware.cost import LATENCY_TERMS, CostModel, Tensors, priced
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.fit import Fit
+from automl_compress.hardware.kernels import Kernel, Lowered
+from automl_compress.hardware.measure import Filled, measure_model, measure_variants
+from automl_compress.hardware.schema import CorrectionRecord
+from automl_compress.hardware.sketch import Sketch
+from automl_compress.hardware.surroundings import Sample, Surroundings
+from automl_compress.progress import Progress, SilentProgress
+from automl_compress.search.evaluate import Workbench
+from automl_compress.search.pricing import covering_plans, random_plan, weight_bytes
+from automl_compress.search.space import SearchSpace
+
+# Shares of removed blocks among random plans: few, as a search proposes them, and many.
+_DROP_SHARES = (0.05, 0.15, 0.3)
+_WIDTH_SHARE = 0.35
+_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured. `pool`: random plans that are lowered, not measured, at most; `pool_seconds` for that;
+    `traced`: of these, how many at most are measured, those first whose kernels are known least, until in nine of ten
+    what is interpolated adds no more than `target` (relative standard deviation of the sum); `checks`: plans measured
+    at the end to tell how good predictions are; `memories`: models whose memory is measured."""
+
+    pool: int
+    pool_seconds: float
+    traced: int
+    target: float
+    checks: int
+    memories: int
+
+
+SEARCH = Effort(pool=24, pool_seconds=6.0, traced=8, target=0.02, checks=0, memories=8)
+PROFILE = Effort(pool=240, pool_seconds=45.0, traced=96, target=0.004, checks=12, memories=12)
+
+
+class Forecast:
+    """Costs of plans of `bench`'s network within `space`, on `device`.
+
+    With `measure`, kernels that a plan needs and the profile knows too little of are measured when it is predicted.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        space: SearchSpace,
+        device: Device,
+        *,
+        seed: int = 0,
+        measure: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.bench, self.space, self.device = bench, space, device
+        self.costs = CostModel(device.profile, device, original=bench.original, measure=measure)
+        self.variants: list[Plan] = []
+        self._seed = seed
+        self._clock = clock
+        self._predicted: dict[str, Cost] = {}
+        self._seen: dict[str, tuple[Plan, Lowered, int]] = {}
+        self._surroundings: Surroundings | None = None
+        self._size_terms: NDArray[np.float64] = np.zeros(3)
+        self._activation_share = 1.0
+
+    def learn(self, effort: Effort = SEARCH, progress: Progress | None = None) -> Filled:
+        """Measure what the space needs and the profile lacks. Returns what was added to the profile.
+
+        Raises DeviceError if measuring fails, ProfileError if the profile is another machine's or can't be written.
+        """
+        show = progress or SilentProgress()
+        known = len(self.device.profile.kernels)
+        executions = self.bench.executions
+        self.variants = covering_plans(self.space, self.bench.graph, executions=executions, seed=self._seed)
+        show.stage("looking at variants", len(self.variants))
+        models = [self._lower(plan, show) for plan in self.variants]
+        filled = measure_variants(self.device, models, progress=show, memories=effort.memories)
+        pool = self._pool(effort, show)
+        measured, troubles = self._trace_unknown(pool, effort, show)
+        if measured:
+            self._store_correction()
+        self.forget()
+        self._surroundings = None
+        return replace(
+            filled,
+            kernels=len(self.device.profile.kernels) - known,
+            models=filled.models + measured,
+            requests=filled.requests + measured,
+            troubles=(*filled.troubles, *troubles),
+        )
+
+    def predict(self, plan: Plan) -> Cost:
+        """The plan's predicted cost; the same plan is lowered once."""
+        if plan.key not in self._predicted:
+            self._predicted[plan.key] = self.costs.predict(self.bench.structure(plan))
+        return self._predicted[plan.key]
+
+    def quick(self, plan: Plan) -> Cost:
+        """The plan's cost in about a millisecond, for a network of 20 layers. Only after `learn`.
+
+        Raises ExportError where plans of this network can't be sketched (`predict` still works).
+        """
+        sketch = self.sketcher(plan)
+        total, nodes = self.surroundings(sketch)
+        tensors = Tensors(
+            file=float(np.dot(self._size_terms, sketch.size_terms)),
+            weights=sketch.size_terms[0],
+            activations=self._activation_share * sketch.live_bytes(),
+        )
+        return self.costs.cost_of(total, nodes, tensors)
+
+    def kernels(self, plan: Plan) -> list[Kernel]:
+        """What the runtime executes for a plan, priced."""
+        return priced(self._lowered(plan).kernels, self.costs.prices)
+
+    def _lowered(self, plan: Plan) -> Lowered:
+        return self._seen[plan.key][1] if plan.key in self._seen else self.device.lowered(self.bench.structure(plan))
+
+    def seen(self, plan: Plan) -> bool:
+        """Whether the plan was lowered while learning."""
+        return plan.key in self._seen
+
+    def fits(self) -> tuple[Fit, Fit]:
+        """What latency and memory of this network's plans are predicted by; they know their error on unseen models."""
+        return self.costs.fits(self._seen_sum(Plan()))
+
+    def forget(self) -> None:
+        """The cost model was corrected: predict anew."""
+        self._predicted.clear()
+
+    @cached_property
+    def sketcher(self) -> Sketcher:
+        """Raises ExportError where the network's plans have to be exported one by one."""
+        bench = self.bench
+        if not bench.template.usable:
+            raise ExportError("plans of this network can't be sketched: each has to be exported by itself")
+        return Sketcher(
+            bench.template,
+            bench.graph,
+            bench.original,
+            narrowed=lambda plan: bench.structure(plan),
+            size_of=lambda plan: weight_bytes(bench.graph, plan),
+            executions=bench.executions,
+        )
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What was learned of how the runtime lowers this network's plans."""
+        if self._surroundings is None:
+            sketches = [self.sketcher(plan) for plan, _, _ in self._seen.values()]
+            samples = [
+                Sample(sketch=sketch, kernels=lowered.kernels)
+                for sketch, (_, lowered, _) in zip(sketches, self._seen.values(), strict=True)
+            ]
+            self._surroundings = Surroundings(samples, self.costs.prices)
+            seen = [(lowered, size) for _, lowered, size in self._seen.values()]
+            self._size_terms = _fit_size(sketches, [size for _, size in seen])
+            activations = [lowered.activation_bytes for lowered, _ in seen]
+            self._activation_share = float(
+                np.median([found / sketch.live_bytes() for found, sketch in zip(activations, sketches, strict=True)])
+            )
+        return self._surroundings
+
+    def _lower(self, plan: Plan, show: Progress) -> onnx.ModelProto:
+        model = self.bench.structure(plan)
+        self._seen[plan.key] = (plan, self.device.lowered(model), model.ByteSize())
+        show.advance(1)
+        return model
+
+    def _pool(self, effort: Effort, show: Progress) -> list[Plan]:
+        """Random plans at any student width, lowered until there are enough or the time is over."""
+        rng = np.random.default_rng(self._seed)
+        widths = [float(option) for d in self.space.decisions if d.kind == "width" for option in d.options]
+        show.stage("looking at random plans", effort.pool, seconds=effort.pool_seconds)
+        pool: list[Plan] = []
+        begun = self._clock()
+        while len(pool) < effort.pool and (self._clock() - begun < effort.pool_seconds or len(pool) < _BATCH):
+            plan = random_plan(self.space, rng, drop_share=float(rng.choice(_DROP_SHARES)))
+            if widths and rng.random() < _WIDTH_SHARE:
+                plan = replace(plan, width=float(rng.choice(widths)))
+            self._lower(plan, show)
+            pool.append(plan)
+        return pool
+
+    def _trace_unknown(self, pool: Sequence[Plan], effort: Effort, show: Progress) -> tuple[int, list[str]]:
+        """Measure plans of the pool whose kernels are known least, then the checks. (how many, troubles)."""
+        checks = list(pool[: effort.checks]) if self.device.measures else []
+        waiting = list(pool[effort.checks :])
+        troubles: list[str] = []
+        measured = 0
+        show.stage("measuring random plans", effort.traced + len(checks))
+        while self.device.measures and waiting and measured < effort.traced:
+            errors = {plan.key: self._error(plan) for plan in waiting}
+            if float(np.quantile(list(errors.values()), 0.9)) <= effort.target:
+                break
+            waiting.sort(key=lambda plan: -errors[plan.key])
+            for plan in waiting[:_BATCH]:
+                troubles += self._measure(plan, show)
+            measured += len(waiting[:_BATCH])
+            del waiting[:_BATCH]
+        for plan in checks:
+            troubles += self._measure(plan, show)
+        return measured + len(checks), troubles
+
+    def _error(self, plan: Plan) -> float:
+        return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).guess_error
+
+    def _measure(self, plan: Plan, show: Progress) -> tuple[str, ...]:
+        key = self._seen[plan.key][1].key
+        if self.device.profile.model(key) is not None:
+            return ()
+        found = measure_model(self.device, self.bench.structure(plan), reference=self.bench.original)
+        show.advance(1, kernels=len(self.device.profile.kernels))
+        return found
+
+    def _store_correction(self) -> None:
+        """Put the correction and its error on unseen models into the profile, for people and other programs."""
+        latency, _ = self.fits()
+        record = CorrectionRecord(
+            key=self.costs.family,
+            coefficients=dict(zip(LATENCY_TERMS, (round(c, 6) for c in latency.coefficients), strict=True)),
+            records=latency.records,
+            error=latency.error,
+            worst_error=latency.worst_error,
+            date=datetime.now(timezone.utc).date().isoformat(),
+        )
+        self.device.profile.add_corrections([record])
+
+    def _seen_sum(self, plan: Plan) -> float:
+        return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).us
+
+
+def _fit_size(sketches: Sequence[Sketch], sizes: Sequence[int]) -> NDArray[np.float64]:
+    """Coefficients of `Sketch.size_terms` for the file's bytes, from structures whose size is known."""
+    terms = np.array([sketch.size_terms for sketch in sketches])
+    relative = terms / np.asarray(sizes, dtype=float)[:, None]
+    found, _ = nnls(relative, np.ones(len(sizes)))
+    return np.asarray(found, dtype=float)

@@ -1,0 +1,119 @@
+"""What a command works on: a device, a task traced, a search. Opened in the order of what is cheapest to get wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from automl_compress.deploy.run_folder import RunFolder
+from automl_compress.errors import InputError
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.estimated import device_for
+from automl_compress.hardware.profile import load_profile
+from automl_compress.hardware.remote import link_to
+from automl_compress.model.task import Task, load_task, prepare, require_task_file
+from automl_compress.model.trace import trace
+from automl_compress.progress import Progress
+from automl_compress.search.campaign import Campaign
+from automl_compress.search.evaluate import Workbench
+from automl_compress.search.forecast import Forecast
+from automl_compress.search.profiling import forecast_of
+from automl_compress.search.rules import SpaceFile
+from automl_compress.search.sampler import SAMPLERS
+from automl_compress.search.settings import Settings
+from automl_compress.search.space import load_space, offered_bits, resolve
+
+
+@contextmanager
+def open_device(profile: str, device: str, progress: Progress, *, threads: int | None = None) -> Iterator[Device]:
+    """A profile's device, reached; what is to be known about it is said."""
+    link = link_to(device)
+    progress.stage("reaching the device")
+    found = load_profile(profile, facts=link.facts(), host=link.host, threads=threads)
+    for warning in found.warnings:
+        progress.note(f"warning: {warning}")
+    with device_for(found, link=link, notice=progress.note) as place:
+        yield place
+
+
+@contextmanager
+def open_forecast(
+    task: Task | str, device: Device, progress: Progress, *, space: str, weights: str | Path | None, seed: int
+) -> Iterator[Forecast]:
+    rules = load_space(space)
+    progress.stage("loading the task")
+    loaded = load(task, weights)
+    progress.stage("tracing the model")
+    yield forecast_of(loaded, trace(loaded.model, loaded.example_inputs), device, rules, seed=seed)
+
+
+@contextmanager
+def open_campaign(task: Task | str, settings: Settings, folder: Path, progress: Progress) -> Iterator[Campaign]:
+    """Everything that a search needs, checked in the order of what is cheapest to get wrong."""
+    options = settings.options
+    if options.get("sampler", "budget") not in SAMPLERS:
+        raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
+    if isinstance(task, str):
+        require_task_file(task)
+    rules = load_space(options.get("space") or "cnn")
+    with open_device(options.get("profile") or "local", options.get("device") or "local", progress) as device:
+        yield from _campaign_on(device, rules, task, settings, folder, progress)
+
+
+def _campaign_on(
+    device: Device, rules: SpaceFile, task: Task | str, settings: Settings, folder: Path, progress: Progress
+) -> Iterator[Campaign]:
+    options, device_profile = settings.options, device.profile
+    progress.stage("loading the task")
+    loaded = load(task, options.get("weights"))
+    progress.stage("tracing the model")
+    graph = trace(loaded.model, loaded.example_inputs)
+    offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.limits)
+    space = resolve(rules, graph, offered, held_back)
+    identity = {
+        "task": _digest(loaded),
+        "graph": graph.fingerprint,
+        "space": space.fingerprint,
+        "profile": device_profile.path.stem,
+        "budget": ", ".join(f"{m} {limit.text}" for m, limit in settings.limits.items()),
+        "seed": str(options.get("seed") or 0),
+    }
+    with RunFolder(folder, identity) as run_folder:
+        yield Campaign(
+            bench=Workbench(
+                loaded,
+                graph,
+                importance=space.importance,
+                seed=int(options.get("seed") or 0),
+                executions=device_profile.executions,
+            ),
+            space=space,
+            device=device,
+            limits=settings.limits,
+            folder=run_folder,
+            progress=progress,
+            identity=identity,
+            seed=int(options.get("seed") or 0),
+            sampler=options.get("sampler") or "budget",
+            storage=options.get("storage"),
+        )
+
+
+def load(task: Task | str, weights: str | Path | None) -> Task:
+    path = Path(weights) if weights else None
+    return load_task(task, weights=path) if isinstance(task, str) else prepare(task, weights=path)
+
+
+def _digest(task: Task) -> str:
+    """Identifies the trained model and how much validation data there is; its order may differ from run to run."""
+    digest = hashlib.sha256()
+    for name, value in sorted(task.model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(str(len(task.validation) if hasattr(task.validation, "__len__") else None).encode())
+    return digest.hexdigest()[:16]
+
+
+def task_name(task: Task | str) -> str:
+    return Path(task.partition(":")[0]).stem if isinstance(task, str) else type(task.model).__name__.lower()
