@@ -17,6 +17,7 @@ from automl_compress.cli.options import parse_seconds
 from automl_compress.core.result import Figures, Result
 from automl_compress.errors import InfeasibleError, InputError, TaskError, TrainingError
 from automl_compress.progress import Progress, SilentProgress
+from automl_compress.search.profiling import Profiled
 
 ORIGINAL = Figures(metric=0.92, latency_us=750.0, size_bytes=1_100_000, memory_bytes=5_200_000)
 DELIVERED = Figures(metric=0.91, latency_us=290.0, size_bytes=300_000, memory_bytes=3_000_000, latency_ratio=0.387)
@@ -49,6 +50,9 @@ class FakeApi:
 
     def work(self, task: str, **options: Any) -> Any:
         return self._answer("work", task, **options)
+
+    def profile(self, tasks: list[str], **options: Any) -> Any:
+        return self._answer("profile", tasks, **options)
 
     def replay(self, run: Path, task: str, **options: Any) -> Any:
         return self._answer("replay", run, task, **options)
@@ -292,3 +296,31 @@ def test_durations(text: str, seconds: float) -> None:
 def test_other_durations_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="90s, 30m or 2h"):
         parse_seconds(text)
+
+
+PROFILED = Profiled(
+    network="net", file="p.yaml", kernels=7, models=3, memories=1, known=9, requests=4, seconds=12.0,
+    error=0.011, worst_error=0.04, checked=12, quick_error=0.008, warnings=("hot",),
+)  # fmt: skip
+
+
+def test_profile_passes_its_options_on_and_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi([PROFILED])
+    line = "profile a.py b.py:make --kernels standard --profile p --device ssh://h --space s --threads 2 --seed 3"
+    assert main(line.split(), api=api) == 0
+    ((_, (tasks,), options),) = api.calls
+    assert tasks == ["a.py", "b.py:make"]
+    expected = {"kernels": "standard", "profile": "p", "device": "ssh://h", "space": "s", "threads": 2, "seed": 3}
+    assert {name: options[name] for name in expected} == expected
+    out = capsys.readouterr().out
+    for part in ("7 kernels", "off by 1.1%", "worst 4.0% of 12", "another 0.8%", "warning: hot"):
+        assert part in out
+    assert main([*line.split(), "--json"], api=api) == 0
+    assert json.loads(capsys.readouterr().out)[0]["worst_error"] == 0.04
+
+
+def test_profile_needs_something_to_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile"]) == 2
+    assert "name a task, or kernels='standard' (--kernels standard)" in capsys.readouterr().err
+    assert main(["profile", "--kernels", "odd"]) == 2
+    assert main(["profile", "no/such/task.py"]) == 2

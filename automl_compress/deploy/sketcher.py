@@ -82,7 +82,13 @@ class Sketcher:
             written=channels[writes].astype(int).tolist(),
             read_numbers=numbers[first_reads].astype(int).tolist(),
             written_numbers=numbers[writes].astype(int).tolist(),
-            size_terms=(self._size_of(plan), float(len(placement.roots)), 1.0),
+            size_terms=(
+                self._size_of(plan),
+                float(len(placement.roots)),
+                float(len(placement.integer)),
+                float(len(skeleton.sites)),
+                1.0,
+            ),
         )
 
     def _dims(self, plan: Plan) -> Array:

@@ -67,8 +67,9 @@ def serve(program: str, folder: str, answer: Answer) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: leave(folder))
     messages: queue.Queue[tuple[dict[str, Any], bytes | None]] = queue.Queue()
-    threading.Thread(target=listen, daemon=True).start()
     say({"hello": os.getpid(), "folder": folder})
+    # Not before: a stdin that closes at once would end the process while it greets.
+    threading.Thread(target=listen, daemon=True).start()
     settings: dict[str, Any] = {}
     trouble = ""
     while True:

@@ -53,7 +53,8 @@ class Sketch:
     bits       of a layer's weights, 32 for other nodes
     read, written              channels of the first value that it reads and of the one that it writes
     read_numbers, written_numbers    how many numbers those values have, for one sample
-    size_terms                 what a file's size follows: (bytes of layers' weights, number of quantized values, 1)
+    size_terms                 what a file's size follows: bytes of layers' weights, numbers of quantized values, of
+                               nodes in integers, and of nodes, 1
     """
 
     skeleton: Skeleton
@@ -65,7 +66,7 @@ class Sketch:
     written: Sequence[int]
     read_numbers: Sequence[int]
     written_numbers: Sequence[int]
-    size_terms: tuple[float, float, float]
+    size_terms: tuple[float, ...]
 
     def live_bytes(self) -> float:
         """The peak of values that are alive at the same time, were no node fused with another."""

@@ -84,7 +84,7 @@ class Forecast:
         self._predicted: dict[str, Cost] = {}
         self._seen: dict[str, tuple[Plan, Lowered, int]] = {}
         self._surroundings: Surroundings | None = None
-        self._size_terms: NDArray[np.float64] = np.zeros(3)
+        self._size_terms: NDArray[np.float64] = np.zeros(1)
         self._activation_share = 1.0
 
     def learn(self, effort: Effort = SEARCH, progress: Progress | None = None) -> Filled:
@@ -219,23 +219,23 @@ class Forecast:
                 break
             waiting.sort(key=lambda plan: -errors[plan.key])
             for plan in waiting[:_BATCH]:
-                troubles += self._measure(plan, show)
-            measured += len(waiting[:_BATCH])
+                measured += self._measure(plan, troubles, show)
             del waiting[:_BATCH]
         for plan in checks:
-            troubles += self._measure(plan, show)
-        return measured + len(checks), troubles
+            measured += self._measure(plan, troubles, show)
+        return measured, troubles
 
     def _error(self, plan: Plan) -> float:
         return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).guess_error
 
-    def _measure(self, plan: Plan, show: Progress) -> tuple[str, ...]:
+    def _measure(self, plan: Plan, troubles: list[str], show: Progress) -> int:
+        """Measure a plan unless the profile has it; returns 1 if it was measured."""
         key = self._seen[plan.key][1].key
         if self.device.profile.model(key) is not None:
-            return ()
-        found = measure_model(self.device, self.bench.structure(plan), reference=self.bench.original)
+            return 0
+        troubles += measure_model(self.device, self.bench.structure(plan), reference=self.bench.original)
         show.advance(1, kernels=len(self.device.profile.kernels))
-        return found
+        return 1
 
     def _store_correction(self) -> None:
         """Put the correction and its error on unseen models into the profile, for people and other programs."""
