@@ -24,6 +24,7 @@ from automl_compress import api, cli
 from automl_compress.core.result import Result
 from automl_compress.errors import PlanError, RunFolderError
 from automl_compress.hardware.estimated import device_for
+from automl_compress.search import opening
 from tests import mortal, tiny
 from tests.search.campaigns import RULES
 from tests.search.device import TimelessRuntime
@@ -52,7 +53,7 @@ def _no_clock(tmp_path_factory: pytest.TempPathFactory, asked: Counter[str]) -> 
     Counted.asked = asked
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTOML_COMPRESS_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setattr(api, "device_for", partial(device_for, launch=Counted))
+        patch.setattr(opening, "device_for", partial(device_for, launch=Counted))
         yield
 
 
@@ -310,7 +311,7 @@ def test_a_search_that_was_killed_goes_on_without_evaluating_a_plan_twice(
     before = evaluated(folder)
     assert before
     monkeypatch.setenv("AC_TEST_CALL", "0")
-    monkeypatch.setattr(api, "device_for", device_for)
+    monkeypatch.setattr(opening, "device_for", device_for)
     assert cli.main(command) == 0
     data = result_of(folder)
     assert data["status"] == "met"
