@@ -1,8 +1,9 @@
 """A device that isn't here: its figures are predicted from its profile, and nothing pretends to be measured.
 
 Two profiles have no device to measure: one that is estimated, and one that was measured on another machine. A model is
-lowered by the runtime of the machine at hand, which may fuse differently than the device's; its kernels have the prices
-of the profile, or of its roofline where it has one. Every figure says that it was estimated (or interpolated).
+lowered by the runtime of the machine at hand, which may fuse differently than the device's; its kernels have the
+profile's prices. Those that it lacks are estimated by its roofline, or, where it has none, interpolated between those
+that it has. Every figure says that it was estimated (or interpolated).
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ class EstimatedDevice(Device):
     """Stands in for a device in a `with` block. The first model that it is asked about counts as the original.
 
     `compare` and `memory_bytes` predict, whatever the machine at hand is doing; both raise ProfileError where the
-    profile lacks a kernel and has no roofline.
+    profile has neither kernels nor a roofline.
     """
 
     measures = False
     _costs: CostModel | None = None
 
     def lowered(self, model: onnx.ModelProto) -> Lowered:
-        """What the runtime at hand executes for a model; kernels that the profile lacks get an estimated price."""
+        """What the runtime at hand executes for a model; a roofline prices the kernels that the profile lacks."""
         lowered = super().lowered(model)
         missing = [kernel.key for kernel in lowered.kernels if kernel.key not in self.profile.kernels]
         roofline = self.profile.header.roofline
         if missing and roofline is not None:
             self.profile.suppose(estimate(missing, roofline))
-        elif missing:
+        elif not self.profile.kernels:
             raise ProfileError(
-                f"{self.profile.path}: lacks {len(missing)} kernels that the runtime here executes, such as "
-                f"{missing[0]}, and has no roofline to estimate them; measure the device itself, or use --profile local"
+                f"{self.profile.path}: has neither a measured kernel nor a roofline, so that nothing can be estimated; "
+                "measure the device itself, or use --profile local"
             )
         return lowered
 

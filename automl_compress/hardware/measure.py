@@ -65,7 +65,7 @@ def measure_variants(
     distinct: dict[str, onnx.ModelProto] = {}
     for model in variants:
         distinct.setdefault(device.lowered(model).key, model)
-    show.stage("measuring kernels", len(distinct))
+    show.stage("measuring kernels" if device.measures else "pricing kernels", len(distinct))
     before = len(profile.kernels)
     keys = list(distinct)
     whole = {*keys[:1], *spread_evenly(keys, whole_models)} if device.measures else set()

@@ -102,9 +102,19 @@ def test_a_profile_of_another_machine_is_used_without_measuring(device: Device, 
         costs = CostModel(foreign, elsewhere, original=models[0])
         assert timings["wide"].median_us == pytest.approx(costs.predict(models[2]).latency_us)
         assert set(elsewhere.requests) == {"lower"}
-        with pytest.raises(ProfileError, match=r"lacks .* and has no roofline"):
-            elsewhere.lowered(chain(8, 5, 4))
+        unseen = costs.predict(chain(8, 6, 4))
+        assert unseen.provenance != "measured"
+        assert costs.predict(models[0]).latency_us <= unseen.latency_us <= costs.predict(models[2]).latency_us
     assert device.profile.path.read_bytes() == text
+
+
+def test_an_empty_profile_of_another_machine_says_nothing(profile: DeviceProfile) -> None:
+    foreign = DeviceProfile(profile.path, replace(FACTS, cpu="Other"))
+    with (
+        device_for(foreign, launch=SimulatedRuntime) as elsewhere,
+        pytest.raises(ProfileError, match="neither a measured kernel nor a roofline"),
+    ):
+        elsewhere.lowered(chain(8, 5, 4))
 
 
 def test_this_machines_profile_is_measured(profile: DeviceProfile) -> None:
