@@ -3,7 +3,7 @@
 latency   which kernels the runtime will execute (found by asking it), each priced from the profile, and a correction
           for what the sum leaves out, fitted on models that were measured whole
 size      the bytes of the file, exactly
-memory    learned from file size and live activations of models that were weighed
+memory    learned from file size, live activations and number of kernels of models that were weighed
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from automl_compress.hardware.measure import measure_model
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import ModelRecord
 
-# What the runtime's allocator takes at first, the file with its parsed and packed copies, and the activations.
-_MEMORY_PRIOR = (1.8e6, 3.0, 1.0)
+# What the runtime's allocator takes at first, the file with its parsed and packed copies, the activations, and what it
+# keeps for each node.
+_MEMORY_PRIOR = (1.8e6, 3.0, 1.0, 1e4)
 # Weighing repeats to a few percent and the prior is close, so that fewer models do than for the latency.
 _ENOUGH_WEIGHED = 4
 _LATENCY_PRIOR = (1.0, 0.0, 0.0, 0.0, 0.0)
@@ -131,21 +132,21 @@ class CostModel:
             * self.scale
             * self.margins["latency"],
             size_bytes=tensors.file * self.margins["size"],
-            memory_bytes=self._memory_bytes(tensors, memory) * self.margins["memory"],
+            memory_bytes=self._memory_bytes(tensors, nodes, memory) * self.margins["memory"],
             provenance="interpolated" if total.provenance != "estimated" and latency.trusted else "estimated",
             latency_error=math.hypot(*errors),
         )
 
-    def _memory_bytes(self, tensors: Tensors, process: Fit) -> float:
+    def _memory_bytes(self, tensors: Tensors, nodes: float, process: Fit) -> float:
         if self.profile.header.memory.model == "tensors":
             return tensors.weights + tensors.activations
-        return process((1.0, tensors.file, tensors.activations))
+        return process((1.0, tensors.file, tensors.activations, nodes))
 
     def fits(self, total_us: float) -> tuple[Fit, Fit]:
         """What a model whose kernels add up to `total_us` is predicted by.
 
         Latency in microseconds from the terms of `LATENCY_TERMS`, memory in bytes from (1, file size, live
-        activations).
+        activations, number of kernels).
         """
         records = tuple(self._comparable(total_us))
         if records not in self._fits:
@@ -230,5 +231,5 @@ def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
 
 def _fit_memory(records: Sequence[ModelRecord]) -> Fit:
     weighed = [(r, r.memory_bytes) for r in records if r.memory_bytes]
-    rows = [(1.0, r.size_bytes, r.activation_bytes) for r, _ in weighed]
+    rows = [(1.0, r.size_bytes, r.activation_bytes, r.nodes) for r, _ in weighed]
     return fit(rows, [float(peak) for _, peak in weighed], _MEMORY_PRIOR, nonnegative=True, enough=_ENOUGH_WEIGHED)
