@@ -29,6 +29,8 @@ from automl_compress.hardware.kernels import Lowered, kernels_of, live_bytes, st
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.timer import timing
 
+_FEW_BURSTS = 7
+
 
 class Device:
     """The device of a profile, to be used in a `with` block.
@@ -145,6 +147,15 @@ class Device:
             with self.saved(empty_model()) as path:
                 self._empty_bytes = min(self._peak(path) for _ in range(3))
         return max(0, min(self._peak(model) for _ in range(2)) - self._empty_bytes)
+
+    def savings(self, model: Path) -> tuple[dict[str, int], dict[str, Timing]]:
+        """Way of running a model (see `probe.savings`) -> peak memory in bytes, and latency where it has its own."""
+        with self.saved(empty_model()) as empty:
+            paths = {"model": str(Path(model).absolute()), "empty": str(empty)}
+            fields = ("peak_bytes", "empty_bytes", "bursts_us", "runs")
+            answer = self._ask("savings", {"do": "savings", **paths, "bursts": _FEW_BURSTS}, *fields)
+        peaks = {way: max(0, peak - answer["empty_bytes"][way]) for way, peak in answer["peak_bytes"].items()}
+        return peaks, {way: timing(bursts, answer["runs"][way]) for way, bursts in answer["bursts_us"].items()}
 
     def facts(self) -> HostFacts:
         """The machine with the runtime as the measuring process has it."""

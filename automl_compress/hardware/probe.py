@@ -9,6 +9,8 @@ that the other side can tell slow from dead). It ends when stdin closes, even in
     {"do": "trace", "model": path, "optimized": path, "reference": path, "rounds": 3}
                                      -> the same, and {"runs": n, "whole_us": [...], "reference_us": [...]}, one a round
     {"do": "memory", "model": path}                                  -> {"peak_bytes": n}, from a fresh process
+    {"do": "savings", "model": path, "empty": path, "bursts": 5}
+                            -> {"peak_bytes": {way: n}, "empty_bytes": {way: n}, "bursts_us": {way: [...]}, "runs": ...}
     {"do": "optimize", "model": path, "optimized": path}             -> {}
     {"do": "run", "model": path, "inputs": path, "outputs": path}    -> {}
 
@@ -64,8 +66,12 @@ def burst_length(one_run_s: float, settings: Settings) -> int:
     return max(SMALLEST_BURST, min(int(settings["burst_runs"]), affordable))
 
 
-def open_session(path: str, settings: Settings, **options: Any) -> Any:
-    """An onnxruntime session with the profile's threads and optimizations."""
+def open_session(path: str, settings: Settings, *, whole: bool = False, **options: Any) -> Any:
+    """An onnxruntime session with the profile's threads and optimizations.
+
+    The settings' "session" and "entries" are further options and configuration entries. With `whole`, an optimized
+    model that is written holds its weights.
+    """
     import onnxruntime as ort
 
     if not os.path.exists(path):
@@ -76,9 +82,12 @@ def open_session(path: str, settings: Settings, **options: Any) -> Any:
     so.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     so.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMIZATION[settings["optimization"]])
     so.log_severity_level = 4
+    options = {**settings.get("session", {}), **options}
     for name, value in options.items():
         setattr(so, name, value)
-    if "optimized_model_filepath" in options:
+    for name, value in settings.get("entries", {}).items():
+        so.add_session_config_entry(name, value)
+    if "optimized_model_filepath" in options and not whole:
         # Weights go to a file of their own, which nobody reads: what is asked for is the graph.
         prefix = "session.optimized_model_external_initializers"
         so.add_session_config_entry(f"{prefix}_file_name", "weights.bin")
@@ -106,17 +115,23 @@ def random_inputs(session: Any) -> dict[str, Any]:
 
 def compare(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
     """Bursts of several models taking turns. The order rotates, so that no model always follows the same one."""
-    runners, lengths = {}, {}
+    runners = {}
     for name, path in request["models"].items():
-        session = open_session(path, settings)
-        runners[name] = _runner(session)
+        runners[name] = _runner(open_session(path, settings))
+        say({"progress": f"loaded {name}"})
+    return _in_turns(runners, int(request["bursts"]), settings, say)
+
+
+def _in_turns(runners: dict[str, Callable[[], Any]], bursts: int, settings: Settings, say: Say) -> dict[str, Any]:
+    lengths = {}
+    for name in runners:
         runners[name]()
         lengths[name] = burst_length(_seconds(runners[name]), settings)
         burst_us(runners[name], min(int(settings["warm_up_runs"]), lengths[name]), 0.0)
-        say({"progress": f"loaded {name}"})
+        say({"progress": f"warmed up {name}"})
     names = list(runners)
     values: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(int(request["bursts"])):
+    for turn in range(bursts):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             values[name].append(burst_us(runners[name], lengths[name], settings["discard"]))
             say({"progress": f"burst {turn + 1} of {name}"})
@@ -244,6 +259,35 @@ def memory(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, A
     return run_again(["peak", json.dumps(settings), request["model"]], settings, say)
 
 
+def savings(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
+    """Peak memory of fresh processes, and latency in turns, for the ways of running a model that may need less memory.
+
+    "default" is as the profile says. "no-prepacking": weights aren't copied into the kernels' layouts. "no-arena":
+    memory is given back at once. "malloc-threshold": glibc gives large blocks back (an environment variable, so the
+    latency is the default's). "ort-format": a file that the runtime doesn't have to optimize when it loads.
+    """
+    with tempfile.TemporaryDirectory(prefix="automl-compress-") as folder:
+        model, empty = request["model"], request["empty"]
+        ready = os.path.join(folder, "model.ort")
+        save = {**settings, "entries": {"session.save_model_format": "ORT"}}
+        open_session(model, save, optimized_model_filepath=ready, whole=True)
+        ways: dict[str, tuple[str, Settings, dict[str, str]]] = {
+            "default": (model, settings, {}),
+            "no-prepacking": (model, {**settings, "entries": {"session.disable_prepacking": "1"}}, {}),
+            "no-arena": (model, {**settings, "session": {"enable_cpu_mem_arena": False}}, {}),
+            "malloc-threshold": (model, settings, {"MALLOC_MMAP_THRESHOLD_": "65536"}),
+            "ort-format": (ready, settings, {}),
+        }
+        peaks: dict[str, dict[str, int]] = {"peak_bytes": {}, "empty_bytes": {}}
+        for way, (path, chosen, environment) in ways.items():
+            for name, target in (("peak_bytes", path), ("empty_bytes", empty)):
+                found = [run_again(["peak", json.dumps(chosen), target], settings, say, environment) for _ in "ab"]
+                peaks[name][way] = min(int(f["peak_bytes"]) for f in found)
+            say({"progress": f"weighed {way}"})
+        runners = {way: _runner(open_session(path, chosen)) for way, (path, chosen, env) in ways.items() if not env}
+        return {**peaks, **_in_turns(runners, int(request["bursts"]), settings, say)}
+
+
 def peak_of(settings: Settings, path: str) -> int:
     run = _runner(open_session(path, settings))
     for _ in range(3):
@@ -321,10 +365,11 @@ ACTIONS = {
     "lower": lower,
     "trace": trace,
     "memory": memory,
+    "savings": savings,
     "optimize": optimize,
     "run": run,
 }
-MEASURING = {"compare", "trace", "memory"}
+MEASURING = {"compare", "trace", "memory", "savings"}
 
 
 def answer(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:

@@ -24,7 +24,7 @@ START_S = 90.0
 # How much of the models stays there for the next request.
 KEPT_BYTES = 256 * 1024 * 1024
 # The fields of a request that name a file to read (beside `models`), and those that name one to write.
-READ = ("model", "reference", "inputs")
+READ = ("model", "reference", "inputs", "empty")
 WRITTEN = ("optimized", "outputs")
 
 

@@ -138,12 +138,22 @@ def leave(folder: str) -> None:
     os._exit(0)
 
 
-def run_again(arguments: list[str], settings: dict[str, Any], say: Say) -> dict[str, Any]:
-    """This program in a fresh process, `python program *arguments`; returns the JSON object of its last line."""
+def run_again(
+    arguments: list[str], settings: dict[str, Any], say: Say, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """This program in a fresh process, `python program *arguments`; returns the JSON object of its last line.
+
+    `environment` adds variables to those of this process.
+    """
     command = [sys.executable, settings["program"], *arguments]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, universal_newlines=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            universal_newlines=True,
+            env={**os.environ, **(environment or {})},
         )
         _children.add(child)
         try:

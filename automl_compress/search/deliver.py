@@ -14,6 +14,7 @@ from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.core.result import Figures
 from automl_compress.deploy.verify import check_float, check_quantized, executed_operators
 from automl_compress.hardware.device import Device
+from automl_compress.hardware.savings import measure_savings, offers
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.account import layer_rows
 from automl_compress.search.campaign import Campaign
@@ -99,6 +100,8 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     notes = [f"{layer.layer}: {layer.reason}" for layer in executed if not layer.ok]
     notes += [f"quantization: {note}" for note in candidate.notes]
     notes += _about_device(device, delivered)
+    if device.measures:
+        notes += offers(measure_savings(device, candidate.onnx))
     zeros = zero_shares(trained, bench.graph)
     if masked:
         notes.append(_about_masks(original, delivered))

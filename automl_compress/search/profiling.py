@@ -58,8 +58,8 @@ def forecast_of(
 ) -> Forecast:
     """A forecast of a traced task's plans that has learned nothing yet.
 
-    Bit-widths that are only stored, and run in 32 bits, are left to searches that limit the size. Channels are chosen by
-    their weights alone: for the cost it doesn't matter which ones stay.
+    Bit-widths that are only stored, and run in 32 bits, are left to searches that limit the size. Channels are chosen
+    by their weights alone: for the cost it doesn't matter which ones stay.
     """
     executions = device.profile.executions
     offered, held_back = offered_bits(executions, size_limited=False)

@@ -73,6 +73,16 @@ class TimelessRuntime:
     def memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"peak_bytes": 60_000_000 + 3 * Path(request["model"]).stat().st_size}
 
+    def savings(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        default = self.memory(request)["peak_bytes"]
+        latency_us = self._model_us(request["model"])
+        return {
+            "peak_bytes": {"default": default, "no-prepacking": default - 1_000_000},
+            "empty_bytes": dict.fromkeys(("default", "no-prepacking"), 50_000_000),
+            "bursts_us": {"default": [latency_us] * 3, "no-prepacking": [1.2 * latency_us] * 3},
+            "runs": dict.fromkeys(("default", "no-prepacking"), 30),
+        }
+
     def _model_us(self, path: str) -> float:
         request = {"model": path, "optimized": f"{path}.optimized"}
         try:

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from automl_compress.hardware.device import Device
+from automl_compress.hardware.profile import load_profile
+from automl_compress.hardware.savings import HOW, Saving, measure_savings, offers
+from tests.hardware.simulated import chain
+
+
+def test_what_needs_less_memory_is_offered_with_its_price_the_best_first() -> None:
+    ways = [
+        Saving(way="default", memory_bytes=10_000_000, latency_ratio=1.0),
+        Saving(way="no-arena", memory_bytes=9_900_000, latency_ratio=1.0),
+        Saving(way="malloc-threshold", memory_bytes=8_000_000, latency_ratio=None),
+        Saving(way="no-prepacking", memory_bytes=7_000_000, latency_ratio=1.21),
+    ]
+    assert offers(ways) == [
+        f"memory: 7 MB instead of 10 MB with {HOW['no-prepacking']}, at 1.21 of the latency",
+        f"memory: 8 MB instead of 10 MB with {HOW['malloc-threshold']}",
+    ]
+    assert not offers(ways[:2])
+
+
+def test_every_way_runs_on_the_real_runtime(tmp_path: Path) -> None:
+    with Device(load_profile("local", home=tmp_path)) as here, here.saved(chain(64, 256, 256, 10)) as path:
+        found = measure_savings(here, path)
+    assert [saving.way for saving in found] == ["default", *HOW]
+    assert found[0].latency_ratio == 1.0
+    assert all(saving.memory_bytes > 0 for saving in found)
+    assert [saving.way for saving in found if saving.latency_ratio is None] == ["malloc-threshold"]
