@@ -63,11 +63,14 @@ def resnet20(folder: Path, quick: bool) -> Figures:
     models["ours_int2"] = bench.export(
         bench.teacher, Plan(bits={k: min(v, 2) if v == 4 else v for k, v in int4.bits.items()})
     )
-    calibration = np.concatenate([part[0].numpy() for part in bench.samples])[:CALIBRATION]
+    calibration = np.concatenate([inputs[0].numpy() for inputs, _ in task.batches("validation")])[:CALIBRATION]
     models |= runtimes_own(bench.teacher, task.example_inputs, calibration, folder)
     outputs = {name: run(model, images) for name, model in models.items()}
     times = latencies(models, folder)
     figures = {f"{name}.accuracy": float((outputs[name].argmax(1) == labels).mean()) for name in models}
+    figures |= {f"{name}.divergence": divergence(outputs[name], outputs["float"]) for name in models}
+    same = {name: found.argmax(1) == outputs["float"].argmax(1) for name, found in outputs.items()}
+    figures |= {f"{name}.same_class_as_float": float(equal.mean()) for name, equal in same.items()}
     figures |= {f"{name}.latency_ratio": times[name] for name in models}
     figures |= {f"{name}.size_bytes": float(model.ByteSize()) for name, model in models.items()}
     figures["ours_over_onnxruntime.latency"] = times["ours"] / times["onnxruntime"]
@@ -80,6 +83,12 @@ def resnet20(folder: Path, quick: bool) -> Figures:
     figures["agreement"] = float((trainable.argmax(1) == outputs["ours"].argmax(1)).mean())
     figures["mean_difference_in_steps"] = float(np.abs(trainable - outputs["ours"]).mean()) / step
     return figures
+
+
+def divergence(outputs: np.ndarray, reference: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence of the classes' probabilities from the reference's, in nats."""
+    one, other = (torch.log_softmax(torch.from_numpy(part).double(), 1) for part in (outputs, reference))
+    return float((other.exp() * (other - one)).sum(1).mean())
 
 
 def mobilenet(folder: Path, quick: bool) -> Figures:

@@ -133,7 +133,7 @@ class Calibration:
     def quantization(self, bits: Mapping[str, int], *, thorough: bool = False) -> Quantization:
         """Percentile ranges; weights below 8 bits rounded by their inputs' moments, and biases corrected for it.
 
-        `thorough` corrects biases of 8-bit layers, too.
+        `thorough` does the same for layers of 8 bits.
         """
         ranges = {name: observer.range() for name, observer in self.observers(bits).items()}
         formats = layer_formats(self.view, bits, self.executions)
@@ -155,7 +155,7 @@ class Calibration:
         for layer in moments:
             form, width = formats[nodes[layer].output[0]]
             weight = self._weight(nodes[layer])
-            if width < 8:
+            if width < 8 or thorough:
                 weights[layer] = self.rounded(nodes[layer], width, form, moments[layer])
             found = weights.get(layer) or nearest(weight, width, form)
             bias = bias_of(nodes[layer], self.view, len(weight))
@@ -189,11 +189,12 @@ def tune(calibration: Calibration, bits: Mapping[str, int], judge: Judge | None 
     corrected = calibration.quantization(bits, thorough=True)
     reached = judge(quantized(model, bits, corrected, executions))
     if reached < _PAYS * distance:
-        note = f"biases of 8-bit layers corrected: distance from the original {distance:.3g} -> {reached:.3g}"
+        what = "8-bit weights rounded by what layers read, biases corrected"
+        note = f"{what}: distance from the original {distance:.3g} -> {reached:.3g}"
         best, distance = replace(corrected, notes=(note,)), reached
     for tensors in equalisations(calibration, bits):
         other = Calibration(with_tensors(model, tensors), calibration.feeds, executions)
-        found = other.quantization(bits)
+        found = other.quantization(bits, thorough=True)
         found = replace(found, tensors={**tensors, **found.tensors})
         reached = judge(quantized(model, bits, found, executions))
         if reached < _PAYS * distance:
