@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -92,6 +92,22 @@ class Attribute:
     positions: Mapping[str, tuple[tuple[int, ...], ...]]
 
 
+Cells = tuple[tuple[int, tuple[str, ...]], ...]
+"""How many indices belong to which groups, none included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Numbers that the traced operators of a module contain, and what they count: sizes of a tensor (`shape`), amounts
+    by which it is padded (`pad`, all beginnings before all ends), the end of a range (`end`), parts of a split
+    (`split`), groups of a norm (`groups`)."""
+
+    module: str
+    kind: Literal["shape", "pad", "end", "split", "groups"]
+    values: tuple[int, ...]
+    cells: tuple[Cells, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """A part that can be removed whole: a residual branch, so that only its shortcut remains, or a repeated layer.
@@ -125,9 +141,10 @@ class Frozen:
 class Graph:
     """A traced model: what it consists of, what can be removed, and what was left alone and why.
 
-    `attributes` are the numbers in the model's objects that follow its channels. `skipped` lists operators that the
-    MAC count doesn't cover, with how often they occur; `sizes` are the shapes of all stored tensors. `fingerprint`
-    identifies the structure (not the weights): caches and run folders of another structure are recognised by it.
+    `attributes` are the numbers in the model's objects that follow its channels, `numbers` those in traced operators.
+    `skipped` lists operators that the MAC count doesn't cover, with how often they occur; `sizes` are the shapes of all
+    stored tensors. `fingerprint` identifies the structure (not the weights): caches and run folders of another
+    structure are recognised by it.
     """
 
     layers: tuple[Layer, ...]
@@ -135,6 +152,7 @@ class Graph:
     blocks: tuple[Block, ...]
     frozen: tuple[Frozen, ...] = ()
     attributes: tuple[Attribute, ...] = ()
+    numbers: tuple[Numbers, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     input_shapes: tuple[tuple[int, ...], ...] = ()
@@ -166,8 +184,12 @@ class Graph:
 
         Exact for groups that share no index, and for grids (heads times width), of which the shares multiply.
         """
+        return self.count(self._cells[layer.name, side], kept)
+
+    def count(self, cells: Iterable[tuple[int, tuple[str, ...]]], kept: Mapping[str, int]) -> int:
+        """How many indices are left when each group keeps `kept[group]` of its channels (absent: all)."""
         total = 0.0
-        for count, names in self._cells[layer.name, side]:
+        for count, names in cells:
             share = 1.0
             for name in names:
                 share *= kept.get(name, self.group[name].size) / self.group[name].size
@@ -232,7 +254,8 @@ class Graph:
 
     @cached_property
     def fingerprint(self) -> str:
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        # Numbers follow from the rest, and there are many.
+        text = json.dumps(asdict(replace(self, numbers=())), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.batch_norm import BatchNormPair, batch_norm_pairs, folded_tensors, named_tensors
 from automl_compress.deploy.normalise import drop_additions, find_additions, normalise, rename_initializer
+from automl_compress.deploy.numbers import fill_numbers, find_numbers, modules_of
 from automl_compress.deploy.runtime import first_line
 from automl_compress.deploy.verify import check_float
 from automl_compress.errors import CompressError, ExportError
@@ -66,7 +67,9 @@ class Template:
         distinct = _distinct_copy(model)
         program, self.dynamic_batch = export_program(distinct, example_inputs)
         self._skeleton = _to_onnx(program, sample(example_inputs, 2 if self.dynamic_batch else 1))
+        modules = modules_of(self._skeleton.graph)
         normalise(self._skeleton, graph)
+        self._numbers = find_numbers(self._skeleton.graph, modules, graph)
         pairs = batch_norm_pairs(distinct, program)
         names = {tensor.name for tensor in self._skeleton.graph.initializer}
         self._pairs = tuple(pair for pair in pairs if pair.folded(names))
@@ -108,6 +111,8 @@ class Template:
     def _filled(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
         result = onnx.ModelProto()
         result.CopyFrom(self._skeleton)
+        kept = {group.name: plan.kept_count(group.name, group.size) for group in self.graph.groups}
+        fill_numbers(result.graph, self._numbers, self.graph, kept)
         self.drop_blocks(result.graph, plan.drop)
         values = _tensors(model, self._pairs)
         for tensor in result.graph.initializer:

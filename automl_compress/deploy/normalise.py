@@ -79,6 +79,15 @@ def rename_initializer(graph: onnx.GraphProto, old: str, new: str) -> None:
         replace_uses(graph, old, new)
 
 
+def module_scope(node: onnx.NodeProto) -> str:
+    """The path of the innermost module that the exporter noted for a node; '' for the model itself."""
+    for entry in node.metadata_props:
+        if entry.key == _SCOPES:
+            paths = [part.strip(" '\"") for part in entry.value.strip("[]").split(",")]
+            return paths[-2] if len(paths) > 1 else ""
+    return ""
+
+
 def _scope(node: onnx.NodeProto, graph: Graph) -> str | None:
     """The innermost layer among the module paths that the exporter noted for a node."""
     for entry in node.metadata_props:
@@ -126,7 +135,7 @@ def _free_reshapes(graph: onnx.GraphProto) -> None:
         if len(after) == 2 and same == 2 and len(before) > 2 and all(size == 1 for size in before[2:]):
             nodes.append(_squeeze(graph, node.input[0], node.output[0], len(before), name=node.name))
         elif 0 < same == len(after) - 1 and None not in before[same:]:
-            shape = _shape_constant(graph, [0] * same + [-1])
+            shape = shape_constant(graph, [0] * same + [-1])
             nodes.append(helper.make_node("Reshape", [node.input[0], shape], [node.output[0]], name=node.name))
         else:
             nodes.append(node)
@@ -143,11 +152,11 @@ def _same_size(before: tuple[int | None, ...], after: tuple[int | None, ...], ax
 
 
 def _squeeze(graph: onnx.GraphProto, value: str, output: str, rank: int, name: str = "") -> onnx.NodeProto:
-    axes = _shape_constant(graph, list(range(2, rank)))
+    axes = shape_constant(graph, list(range(2, rank)))
     return helper.make_node("Squeeze", [value, axes], [output], name=name or f"{output}_squeeze")
 
 
-def _shape_constant(graph: onnx.GraphProto, values: list[int]) -> str:
+def shape_constant(graph: onnx.GraphProto, values: list[int]) -> str:
     """The name of an int64 initializer with these values, which equal users share."""
     name = "ints_" + "_".join(str(value).replace("-", "m") for value in values)
     if all(tensor.name != name for tensor in graph.initializer):
@@ -171,7 +180,7 @@ def _merge_slices(graph: onnx.GraphProto) -> None:
             if set(one[2]) & set(two[2]) or min(one[2] + two[2]) < 0:
                 continue
             del second.input[:]
-            joined = [_shape_constant(graph, a + b) for a, b in zip(one, two, strict=True)]
+            joined = [shape_constant(graph, a + b) for a, b in zip(one, two, strict=True)]
             second.input.extend([first.input[0], *joined])
             graph.node.remove(first)
             merged = True

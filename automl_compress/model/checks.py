@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import combinations, product
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from automl_compress.model.surgery import cut
 
 _log = logging.getLogger(__name__)
 TOLERANCE = 1e-3
-_MAX_ATTRIBUTE_TRIALS = 12
+_MAX_ATTRIBUTE_TRIALS = 24
 
 Pattern = Callable[[int, int], Sequence[int]]  # (number of the group, its size) -> kept channels
 
@@ -34,13 +35,13 @@ def every_second(number: int, size: int) -> Sequence[int]:
 
 def uneven(number: int, size: int) -> Sequence[int]:
     """Another count for each group, so that no number fits by accident."""
-    count = max(1, size - 1 - (number * 7) % max(1, size // 2))
+    count = size - 1 - number % max(1, size - 1)
     return range(size - count, size)
 
 
 def the_first_few(number: int, size: int) -> Sequence[int]:
     """Nearly everything goes, and the last index with it."""
-    return range(max(1, size // 5))
+    return range(1 + 3 * number % max(1, size // 4))
 
 
 PATTERNS = (every_second, uneven, the_first_few)
@@ -148,25 +149,20 @@ class Trial:
                 open_decisions[candidate.decision] = max(
                     open_decisions.get(candidate.decision, 0), len(candidate.options)
                 )
-        trials = 0
-        further: tuple[Decision, int, Failure] | None = None
-        for decision, options in open_decisions.items():
-            before = self.choice.get(decision, 0)
-            for option in range(options + 1):
-                if option == before or trials >= _MAX_ATTRIBUTE_TRIALS:
-                    continue
-                trials += 1
-                self.choice[decision] = option
-                now = self._fails(groups, pattern)
-                if now is None:
-                    return None
-                if further is None and now.module is not None and self._kinds[now.module] is not kind:
-                    further = (decision, option, now)
-                self.choice[decision] = before
+        before = dict(self.choice)
+        further: tuple[dict[Decision, int], Failure] | None = None
+        for choice in _other_choices(open_decisions, before):
+            self.choice = before | choice
+            now = self._fails(groups, pattern)
+            if now is None:
+                return None
+            if further is None and now.module is not None and self._kinds[now.module] is not kind:
+                further = (self.choice, now)
+        self.choice = before
         if further is None:
             return failure
-        self.choice[further[0]] = further[1]
-        return further[2]
+        self.choice, now = further
+        return now
 
     def _touching(self, groups: Sequence[ChannelGroup], module: str) -> list[ChannelGroup]:
         """The groups that the numbers in the code of this kind of module count."""
@@ -248,6 +244,18 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+def _other_choices(options: Mapping[Decision, int], current: Mapping[Decision, int]) -> Iterator[dict[Decision, int]]:
+    """Choices of the decisions' options other than the current one: those that change one decision, then two."""
+    count = 0
+    for changed in (1, 2):
+        for decisions in combinations(options, changed):
+            others = [[n for n in range(options[d] + 1) if n != current.get(d, 0)] for d in decisions]
+            for numbers in product(*others):
+                if count < _MAX_ATTRIBUTE_TRIALS:
+                    yield dict(zip(decisions, numbers, strict=True))
+                    count += 1
+
+
 def _siblings(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
     """Groups at the same place of repeated blocks."""
     units: dict[tuple[str, int], list[ChannelGroup]] = {}
@@ -264,6 +272,7 @@ def deviation(one: object, other: object) -> float:
             return float("inf")
         if not one.numel():
             return 0.0
+        one, other = one.detach(), other.detach()
         scale = max(float(other.abs().max()), 1e-6)
         return float((one.float() - other.float()).abs().max()) / scale
     left, right = _flat(one), _flat(other)

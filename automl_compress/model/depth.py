@@ -22,10 +22,15 @@ Atoms = Mapping[str, Sequence[int]]
 
 
 def removable_blocks(model: nn.Module, walk: Walk, atoms: Atoms) -> tuple[Block, ...]:
-    """Residual branches, and repeated layers that consist of more than one of them, in execution order."""
+    """Residual branches, and repeated layers that can't be removed branch by branch, in execution order."""
     branches = list(_branches(walk, atoms))
     known = {frozenset(block.layers) for block in branches}
-    whole = [block for block in _repeated_layers(model, walk) if frozenset(block.layers) not in known]
+    onward = {block.output: block.replacement for block in branches}
+    whole = [
+        block
+        for block in _repeated_layers(model, walk)
+        if frozenset(block.layers) not in known and not _leads(onward, block.output, block.replacement)
+    ]
     order = {use.name: number for number, use in reversed(list(enumerate(walk.layers)))}
     found = sorted([*branches, *whole], key=lambda block: (order[block.layers[0]], -len(block.layers)))
     return _named_apart(found)
@@ -140,6 +145,13 @@ def _repeated_layers(model: nn.Module, walk: Walk) -> Iterator[Block]:
                 ending="input",
                 shape=(1, *walk.shape(output)[1:]),
             )
+
+
+def _leads(onward: Mapping[str, str], start: str, end: str) -> bool:
+    """Whether removing branches one by one gives the same as removing the layer whole."""
+    while start in onward:
+        start = onward[start]
+    return start == end
 
 
 def _same_channels(walk: Walk, one: Node, other: Node) -> bool:

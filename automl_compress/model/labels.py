@@ -47,6 +47,8 @@ class Channels:
     def fresh_axis(self, count: int) -> Ids:
         """`count` new channels that are one way to index something; they are never confused with another such way."""
         ids = self.fresh(count)
+        if not count:
+            return ids
         self._axes.update(dict.fromkeys(ids.tolist(), frozenset([int(ids[0])])))
         return ids
 

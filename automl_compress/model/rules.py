@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from automl_compress.model import contractions, shapes, statistics
+from automl_compress.model import contractions, pieces, shapes, statistics
 from automl_compress.model.labels import Labels
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ floor ceil round trunc remainder fmod addcmul addcdiv lerp masked_fill threshold
 lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ isnan isinf nan_to_num
 rrelu atan atan2 tan sinh cosh asinh acosh floor_divide log_sigmoid fill zeros_like ones_like full_like rand_like
 randn_like empty_like bernoulli multiply divide subtract true_divide square_ detach_ __rsub__ arctan xlogy sinc logit
-hypot heaviside positive copysign"""
+hypot heaviside copysign zero copy"""
 _SAME = """clone contiguous detach alias to _to_copy type_as lift_fresh_copy lift_fresh float half double view_as_real
 real requires_grad resolve_conj resolve_neg positive _conj"""
 _SPATIAL = """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -71,8 +71,8 @@ RULES: dict[str, Rule] = {
     "group_norm": statistics.group_norm,
     "prelu": statistics.prelu,
     **dict.fromkeys(("view", "reshape", "flatten", "_unsafe_view", "unflatten", "_reshape_alias"), shapes.reshape),
-    **dict.fromkeys(("cat", "concat", "concatenate"), shapes.concatenate),
-    "stack": shapes.stack,
+    **dict.fromkeys(("cat", "concat", "concatenate"), pieces.concatenate),
+    "stack": pieces.stack,
     "permute": shapes.permute,
     **dict.fromkeys(("transpose", "t", "mT", "numpy_T", "swapaxes", "swapdims"), shapes.transpose),
     **dict.fromkeys(("movedim", "moveaxis"), shapes.move_dims),
@@ -82,21 +82,21 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("view_as", "reshape_as", "expand_as"), shapes.tie_second),
     **dict.fromkeys(("repeat", "tile"), shapes.repeat),
     "repeat_interleave": shapes.repeat_interleave,
-    **dict.fromkeys(("slice", "narrow"), shapes.slice_range),
-    "select": shapes.select,
-    "unbind": shapes.unbind,
-    **dict.fromkeys(("split", "chunk", "split_with_sizes", "tensor_split"), shapes.split),
-    "getitem": shapes.get_item,
-    "glu": shapes.gated_halves,
-    **dict.fromkeys(("pad", "constant_pad_nd"), shapes.pad),
+    **dict.fromkeys(("slice", "narrow"), pieces.slice_range),
+    "select": pieces.select,
+    "unbind": pieces.unbind,
+    **dict.fromkeys(("split", "chunk", "split_with_sizes", "tensor_split"), pieces.split),
+    "getitem": pieces.get_item,
+    "glu": pieces.gated_halves,
+    **dict.fromkeys(("pad", "constant_pad_nd"), pieces.pad),
     "flip": shapes.flip,
     "roll": shapes.roll,
     **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), shapes.shuffle_channels),
     **dict.fromkeys(("pixel_shuffle", "col2im"), shapes.pixels_to_positions),
     **dict.fromkeys(("pixel_unshuffle", "im2col"), shapes.positions_to_pixels),
-    "index": shapes.index,
-    "index_select": shapes.index_select,
-    "embedding": shapes.embedding,
+    "index": pieces.index,
+    "index_select": pieces.index_select,
+    "embedding": pieces.embedding,
     **dict.fromkeys(
         ("new_zeros", "new_ones", "new_full", "zeros", "ones", "full", "new_empty", "empty"), shapes.create
     ),

@@ -56,6 +56,7 @@ def group_norm(walk: Walk, node: Node) -> Labels:
     if groups > 1:
         outer, _ = walk.channels.split(labels[1], (groups, walk.shape(source)[1] // groups))
         walk.note_constant(node, groups, outer)
+        walk.note_numbers(node, "groups", (groups,), (outer,))
     walk.note_statistics(node)
     return labels
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from automl_compress.core.graph import Frozen, Graph, Layer
+from automl_compress.core.graph import Cells, Frozen, Graph, Layer, Numbers
 from automl_compress.errors import TaskError
 from automl_compress.model.attributes import candidates
 from automl_compress.model.checks import Trial
 from automl_compress.model.coupling import couple, unique_layers
 from automl_compress.model.depth import blocks_that_work, removable_blocks
+from automl_compress.model.labels import Ids
 from automl_compress.model.reference import Reference
 from automl_compress.model.surgery import copy_model, stored_tensors
 from automl_compress.model.walk import LayerUse, Walk
@@ -79,8 +83,9 @@ def analyse(model: nn.Module, example_inputs: Sequence[Tensor]) -> Analysis:
     inputs = sample(example_inputs, _TRACE_BATCH)
     program = _export(model, inputs)
     equal: set[type] = set()
+    alike: set[type] = set()
     while True:
-        walk = Walk(program, first_names(model), _paths(model, equal)).run()
+        walk = Walk(program, first_names(model), _paths(model, equal), _paths(model, alike)).run()
         coupling = couple(walk)
         reference = Reference(walk)
         graph = Graph(
@@ -99,9 +104,9 @@ def analyse(model: nn.Module, example_inputs: Sequence[Tensor]) -> Analysis:
         )
         failure = trial.first_failure()
         kind = trial.kind(failure.module) if failure is not None and failure.module is not None else None
-        if kind is None or kind in equal:
+        if kind is None or kind in alike:
             break
-        equal.add(kind)
+        (alike if kind in equal else equal).add(kind)
     settled = trial.settled(known_good=failure is None)
     refused = [
         Frozen(layer=name, reason=f"the model's code fixes its number of channels ({reason})")
@@ -113,10 +118,11 @@ def analyse(model: nn.Module, example_inputs: Sequence[Tensor]) -> Analysis:
         settled,
         layers=tuple(_layer(walk, use, stored, macs) for use in unique_layers(walk)),
         blocks=removable_blocks(model, walk, coupling.atoms),
-        frozen=(*coupling.frozen, *refused),
+        frozen=(*coupling.frozen, *refused, *_unused(model, walk)),
         skipped={**skipped, **{f"{name} (channels)": count for name, count in walk.unknown.items()}},
         input_shapes=tuple((1, *part.shape[1:]) for part in inputs),
     )
+    graph = replace(graph, numbers=numbers_of(walk, coupling.atoms, graph.group))
     blocks, stuck = blocks_that_work(model, inputs, reference, graph)
     refused = [
         Frozen(layer=block.layers[0], reason=f"block {block.name} can't be taken out of the model's code")
@@ -138,6 +144,33 @@ def make_telling(model: nn.Module) -> None:
                 noise = torch.rand(value.shape, generator=generator)
                 # Scales stay positive and near 1, everything else is small and of either sign.
                 value.copy_(0.5 + noise if value.ndim == 1 and "bias" not in name else 0.2 * (noise - 0.5))
+
+
+def _unused(model: nn.Module, walk: Walk) -> Iterator[Frozen]:
+    """Modules with parameters that the traced graph doesn't use, such as auxiliary classifiers for training."""
+    used = set(walk.stored)
+    for path, module in model.named_modules():
+        names = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        if names and not used.intersection(names):
+            yield Frozen(layer=path, reason="evaluation doesn't use it")
+
+
+def numbers_of(walk: Walk, atoms: Mapping[str, Sequence[int]], groups: Collection[str]) -> tuple[Numbers, ...]:
+    """The numbers in the traced operators that change with the groups, each once."""
+    owner = {atom: group for group in groups for atom in atoms[group]}
+
+    def cells(ids: Ids | None) -> Cells:
+        if ids is None:
+            return ()
+        held = Counter(tuple(owner[a] for a in members if a in owner) for members in walk.channels.sets(ids))
+        return tuple((count, names) for names, count in held.items()) if any(held) else ()
+
+    found: dict[Numbers, None] = {}
+    for module, kind, values, labels in walk.numbers:
+        counted = tuple(cells(ids) for ids in labels)
+        if any(counted):
+            found[Numbers(module=module, kind=kind, values=values, cells=counted)] = None
+    return tuple(found)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
@@ -168,9 +201,20 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TaskError(
-            f"the model can't be exported ({first[:200]}); control flow that depends on values must be written with "
-            "torch.where or torch.cond, or moved out of forward"
+            f"the model can't be exported{_users_line(error)} ({first[:200]}); control flow that depends on values has "
+            "to be written with torch.where or torch.cond, or moved out of forward"
         ) from error
+
+
+def _users_line(error: BaseException) -> str:
+    """', at file.py:12 in forward': the innermost line outside torch and this program that led to an error, if any."""
+    own = Path(torch.__file__).parent, Path(__file__).parent
+    lines = [
+        f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith("/") and not any(root in Path(frame.filename).parents for root in own)
+    ]
+    return f", at {lines[-1]}" if lines else ""
 
 
 def count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[dict[str, int], dict[str, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch.fx import Node
 from automl_compress.model.labels import Channels, Ids, Labels
 from automl_compress.model.rules import RULES
 
+NumberKind = Literal["shape", "pad", "end", "split", "groups"]
 _CONVOLUTIONS = {f"conv{n}d" for n in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{n}d" for n in (1, 2, 3)}
 _PRODUCTS = {"matmul", "mm", "addmm"}
@@ -51,9 +52,11 @@ class Walk:
 
     aliases     names of tensors that have several -> the one to use
     equal       modules whose code takes a size from their input where they could have another: equal sizes are tied
+    alike       modules in `equal` whose operators of one kind have equal sizes at equal places
     contracted  node -> (operand, dimension) pairs over which it sums products, so that a removed channel counts as zero
     statistics  nodes that compute means, maxima and the like over labelled dimensions, so that a removed channel must
                 not take part
+    numbers     (module, kind, values, labels of what each counts), as `core.graph.Numbers`
     constants   numbers in the code that follow channel counts
     unknown     operators without a rule -> how often they met channels
     """
@@ -61,14 +64,18 @@ class Walk:
     program: ExportedProgram
     aliases: Mapping[str, str] = field(default_factory=dict)
     equal: frozenset[str] = frozenset()
+    alike: frozenset[str] = frozenset()
     channels: Channels = field(default_factory=Channels)
     stored: dict[str, Labels] = field(default_factory=dict)  # parameter or buffer -> labels
     layers: list[LayerUse] = field(default_factory=list)
     contracted: dict[Node, list[tuple[Node, int]]] = field(default_factory=lambda: defaultdict(list))
     statistics: set[Node] = field(default_factory=set)
     constants: list[Constant] = field(default_factory=list)
+    numbers: list[tuple[str, NumberKind, tuple[int, ...], Labels]] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _labels: dict[Node, Any] = field(default_factory=dict)
+    _constant_nodes: list[Node] = field(default_factory=list)
+    _by_line: dict[tuple[str, str, int, int], Ids | None] = field(default_factory=dict)
     _entering: dict[str, list[Ids]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self) -> Walk:
@@ -80,6 +87,8 @@ class Walk:
                 if self.equal:
                     self._note_entering(node)
                 self._labels[node] = self._call(node)
+                if isinstance(node.meta.get("val"), torch.Tensor):
+                    self.note_numbers(node, "shape", self.shape(node), self.labels(node))
             elif node.op == "output":
                 for value in self.tensors(node):
                     for ids in self.labels(value):
@@ -126,13 +135,26 @@ class Walk:
     def note_statistics(self, node: Node) -> None:
         self.statistics.add(node)
 
+    def note_numbers(self, node: Node, kind: NumberKind, values: Sequence[int], labels: Sequence[Ids | None]) -> None:
+        """Note numbers that the operator contains, and the labels of what each of them counts."""
+        if any(ids is not None for ids in labels):
+            self.numbers.append((module_of(node), kind, tuple(values), tuple(labels)))
+
     def note_constant(self, node: Node, size: int, ids: Ids | None) -> None:
         """Note that the code around this node contains the size of a dimension, and that dimension's labels."""
         path = module_of(node)
         self.constants.append(Constant(module=path, size=size, ids=ids))
+        if path not in self.equal:
+            return
+        # A line that runs several times (a loop over heads) reads the same number each time.
+        line = operator(node) if path in self.alike else str(node.meta.get("stack_trace"))
+        place = (path, line, sum(1 for one in self._constant_nodes if one is node))
+        self._constant_nodes = [*(one for one in self._constant_nodes if one is node), node]
+        known = self._by_line.setdefault((*place, size), ids)
         if ids is not None:
-            for other in self._entering.get(path, ()):
-                if len(other) == size:
+            for other in (*self._entering.get(path, ()), *([known] if known is not None else [])):
+                # The same channels in another order are as many already.
+                if len(other) == size and Counter(self.channels.sets(other)) != Counter(self.channels.sets(ids)):
                     self.channels.tie(other, ids)
 
     def _note_entering(self, node: Node) -> None:

@@ -175,7 +175,11 @@ def targets_of(graph: Graph) -> tuple[Target, ...]:
         Target(kind="channel-group", name=g.name, channels=g.size, operators=_operators(graph, g.producers))
         for g in graph.groups
     ]
-    blocks = [Target(kind="block", name=b.name, operators=_operators(graph, b.layers)) for b in graph.blocks]
+    blocks = [
+        Target(kind="block", name=b.name, operators=_operators(graph, b.layers))
+        for b in graph.blocks
+        if b.ending == "zeros"
+    ]
     layers = [
         Target(kind="layer", name=layer.name, channels=layer.out_channels, operators=(layer.kind,))
         for layer in graph.layers
