@@ -17,7 +17,8 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cifar10_resnet2
 SHARES = (73, 50)
 CALIBRATION_IMAGES = 1024
 REPAIR_IMAGES = 768
-SEARCH_IMAGES = 256
+REPAIR_ROWS = 16384
+SEARCH_IMAGES, SEARCH_ROWS = 256, 4096
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def compress_one_shot(task: Any, *, rounds: int, seed: int) -> dict[int, tuple[A
     ]
     space = resolve(SpaceFile.model_validate({"name": "one-shot", "importance": "obs", "rules": rules}), graph, {})
 
-    def students(images: int) -> Students:
+    def students(images: int, rows: int) -> Students:
         return Students(
             task.model.eval(),
             graph,
@@ -68,9 +69,10 @@ def compress_one_shot(task: Any, *, rounds: int, seed: int) -> dict[int, tuple[A
             loss=task.loss_of,
             classifies=task.classifies,
             repair_samples=images,
+            rows=rows,
         )
 
-    quick, thorough = students(SEARCH_IMAGES), students(REPAIR_IMAGES)
+    quick, thorough = students(SEARCH_IMAGES, SEARCH_ROWS), students(REPAIR_IMAGES, REPAIR_ROWS)
     thorough.evidence = quick.evidence
     table = macs_table(graph, anchored_sensitivity(quick, space))
     result = {}

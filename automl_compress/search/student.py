@@ -29,7 +29,6 @@ from automl_compress.techniques.sparsify import apply_masks, masks_in_force
 REPAIR_SAMPLES = 384
 JUDGE_SAMPLES = 256
 _REPAIR_BYTES = 1 << 30
-_ROWS_PER_SAMPLE = 16
 _ALIVE = 3  # tensors of the widest layer's size that live at once while a model runs
 Outputs = tuple[np.ndarray, ...]
 Vector = NDArray[np.float64]
@@ -54,6 +53,7 @@ class Students:
 
     batches  training inputs and targets: the first `repair_samples` are for fitting (fewer where activations are large:
              they are all in memory at once), the next `judge_samples` decide which repair is kept
+    rows     positions of each layer that it is fitted to, at most
     """
 
     def __init__(
@@ -68,11 +68,12 @@ class Students:
         seed: int = 0,
         repair_samples: int = REPAIR_SAMPLES,
         judge_samples: int = JUDGE_SAMPLES,
+        rows: int = ROWS,
     ) -> None:
         self.teacher, self.graph = teacher, graph
         self._batches, self._classifies = batches, classifies
         self._importance = criterion(importance)
-        self._repair_samples, self._judge_samples = repair_samples, judge_samples
+        self._repair_samples, self._judge_samples, self._rows = repair_samples, judge_samples, rows
         self.evidence = Evidence(teacher, graph, batches=batches, loss=loss, seed=seed)
 
     @cached_property
@@ -87,7 +88,7 @@ class Students:
         # Something must be left to judge by.
         count = min(wanted, max(1, len(rows[0]) * 3 // 4))
         inputs = tuple(part[:count] for part in rows)
-        return record_targets(self.teacher, self.graph, inputs, min(ROWS, _ROWS_PER_SAMPLE * count))
+        return record_targets(self.teacher, self.graph, inputs, self._rows)
 
     @cached_property
     def judge(self) -> tuple[Tensor, ...]:

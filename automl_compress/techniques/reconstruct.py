@@ -23,7 +23,7 @@ from automl_compress.core.graph import ChannelGroup, Graph, Layer
 from automl_compress.techniques.calls import Call, LayerCalls
 from automl_compress.techniques.rows import ROWS, input_rows, sample_positions
 
-MAX_COLUMNS = 2304  # 256 channels of a 3x3 convolution: the inverse takes 42 MB and a second
+MAX_COLUMNS = 1152  # 128 channels of a 3x3 convolution: eliminating one takes a few milliseconds
 MAX_BYTES = 1 << 30
 _DAMPING = 1e-3
 
@@ -93,52 +93,65 @@ def eliminate(
     ]
     if not states:
         return None
-    losses = torch.zeros(group.size, dtype=torch.float64)
-    left, total = list(range(group.size)), 0.0
-    while left:
-        each = torch.stack([state.losses(left) for state in states]).sum(dim=0)
-        index = int(each.argmin())
+    losses, total = torch.zeros(group.size, dtype=torch.float64), 0.0
+    gone = torch.zeros(group.size, dtype=torch.float64)
+    for _ in range(group.size):
+        each = torch.stack([state.losses for state in states]).sum(dim=0) + gone
+        channel = int(each.argmin())
         # Strictly ascending, so that ties keep the order in which they were eliminated.
-        total = max(total * (1 + 1e-12), total + float(each[index])) + 1e-30
-        losses[left[index]] = total
+        total = max(total * (1 + 1e-12), total + float(each[channel])) + 1e-30
+        losses[channel] = total
+        gone[channel] = torch.inf
         for state in states:
-            state.remove(left[index])
-        del left[index]
+            state.remove(channel)
     return losses
 
 
 class _Elimination:
-    """One matrix while channels are eliminated: weights refitted so far, inverse of what is left."""
+    """One matrix while channels are eliminated: weights refitted so far, inverse of what is left.
 
-    def __init__(self, weight: Tensor, matrix: Tensor, columns: Mapping[int, list[int]]) -> None:
-        self._columns = columns
-        self._weight = weight.clone()
-        self._inverse = torch.linalg.inv(matrix)
+    Columns are put in the order of the channels, so that what belongs to a channel is a view.
+    losses  what each of the group's channels would cost now; 0 for one that has no column here
+    """
 
-    def losses(self, channels: Sequence[int]) -> Tensor:
-        """What each of these channels would cost now; 0 for one that has no column here."""
-        result = torch.zeros(len(channels), dtype=torch.float64)
-        here = [i for i, channel in enumerate(channels) if channel in self._columns]
-        if here:
-            index = torch.tensor([self._columns[channels[i]] for i in here])
-            blocks = self._inverse[index.unsqueeze(2), index.unsqueeze(1)]  # [channels, k, k]
-            weights = self._weight[:, index].permute(1, 2, 0)  # [channels, k, out]
-            result[here] = (weights * torch.linalg.solve(blocks, weights)).sum(dim=(1, 2))
-        return result
+    def __init__(self, weight: Tensor, matrix: Tensor, columns: Mapping[int, list[int]], size: int) -> None:
+        self._place = {channel: index for index, channel in enumerate(columns)}
+        self._each = len(next(iter(columns.values())))
+        first = [column for found in columns.values() for column in found]
+        order = first + sorted(set(range(matrix.shape[0])) - set(first))
+        self._weight = weight.T[order].contiguous()  # [columns, out]
+        self._inverse = torch.linalg.inv(matrix)[order][:, order].contiguous()
+        self._channels = torch.tensor(list(columns))
+        self.losses = torch.zeros(size, dtype=torch.float64)
+        self._update()
 
     def remove(self, channel: int) -> None:
-        columns = self._columns.get(channel)
-        if columns is None:
+        if channel not in self._place:
             return
-        stripe = self._inverse[:, columns]
+        start = self._place[channel] * self._each
+        columns = slice(start, start + self._each)
+        stripe = self._inverse[:, columns].clone()
         solved = torch.linalg.solve(stripe[columns], stripe.T)  # [k, all]
-        self._weight -= self._weight[:, columns] @ solved
-        self._inverse -= stripe @ solved
+        self._weight.addmm_(solved.T, self._weight[columns].clone(), alpha=-1)
+        self._inverse.addmm_(stripe, solved, alpha=-1)
         # Exactly zero, so that rounding of what is gone can't come back through later updates; a unit diagonal keeps
         # the block invertible should it be asked for again.
         self._inverse[columns] = 0
         self._inverse[:, columns] = 0
-        self._inverse[columns, columns] = 1
+        self._inverse[columns, columns] = torch.eye(self._each, dtype=self._inverse.dtype)
+        self._weight[columns] = 0
+        self._update()
+
+    def _update(self) -> None:
+        count, k = len(self._channels), self._each
+        weights = self._weight[: count * k].view(count, k, -1)
+        inverse = self._inverse[: count * k, : count * k].unflatten(0, (count, k)).unflatten(2, (count, k))
+        blocks = inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [channels, k, k]
+        if k == 1:
+            self.losses[self._channels] = (weights.square().sum(dim=2) / blocks[:, 0]).flatten()
+            return
+        squares = weights @ weights.transpose(1, 2)
+        self.losses[self._channels] = torch.linalg.solve(blocks, squares).diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
 class _Collector(LayerCalls):
@@ -203,17 +216,20 @@ def _width(graph: Graph, layer: Layer) -> int:
 
 
 def _states(matrix: Tensor, layer: Layer, group: ChannelGroup, gram: Gram) -> Iterator[_Elimination]:
-    """One elimination for each convolution group of the layer, over the columns of this part."""
+    """One elimination for each convolution group of the layer, over the columns of this part.
+
+    None where channels have different numbers of columns: what they cost could not be compared.
+    """
     where = {column: index for index, column in enumerate(gram.columns)}
     columns = {
         channel: [where[c] for c in found if c in where]
         for channel, found in enumerate(channel_columns(layer, group))
         if any(c in where for c in found)
     }
-    if columns:
+    if len({len(found) for found in columns.values()}) == 1:
         weights = matrix[:, [*gram.columns, -1]].reshape(len(gram.matrix), -1, len(gram.columns) + 1)
         for weight, damped in zip(weights, gram.damped(), strict=True):
-            yield _Elimination(weight, damped, columns)
+            yield _Elimination(weight, damped, columns, group.size)
 
 
 def _matrix(stored: Mapping[str, Tensor], layer: Layer) -> Tensor:
