@@ -42,9 +42,10 @@ Outcome = Literal["refit", "bias", "kept", "masked"]
 
 @dataclass(eq=False)
 class Target:
-    """What the original has at one layer's site. `values` [rows, channels] at flat `positions`; `reader` None: the
-    layer's output is the model's. `clipped`: a rectifier reads it, `whole`: something else does."""
+    """What the original has at one layer's site. `values` [rows, channels] at flat `positions` of `shape`; `reader`
+    None: the layer's output is the model's. `clipped`: a rectifier reads it, `whole`: something else does."""
 
+    shape: tuple[int, ...]
     positions: Tensor
     values: Tensor
     reader: Reader | None = None
@@ -109,7 +110,7 @@ class _Recorder(LayerCalls):
             self.shared.add(call.layer.name)
             return
         positions = sample_positions(call, self._rows)
-        self.targets[call.layer.name] = Target(positions, value_rows(output, call, positions))
+        self.targets[call.layer.name] = Target(call.output_shape, positions, value_rows(output, call, positions))
 
     def reached(self, site: Site, reader: Reader) -> None:
         target = self.targets[site.call.layer.name]
@@ -165,7 +166,11 @@ class _Refitter(LayerCalls):
         layer = call.layer
         cut = any(name in self._plan.kept for name in (*layer.in_groups, *layer.out_groups))
         self._changed = self._changed or cut or layer.name in self._masks
-        return self._targets.get(layer.name) if self._changed and layer.name not in self.done else None
+        target = self._targets.get(layer.name)
+        if target is None or not self._changed or layer.name in self.done:
+            return None
+        # Where channels are what a layer takes for positions (token mixers), a cut leaves none to compare.
+        return target if target.shape == call.output_shape else None
 
     def _problem(self, call: Call, target: Target, rows: Tensor, now: Tensor, scale: Tensor | None) -> _Problem:
         kept = kept_rows(call.layer.name, self._graph, self._plan)

@@ -247,3 +247,20 @@ def test_the_original_stays_as_it_is_and_blocks_may_be_gone() -> None:
     assert not {"first.conv1", "first.conv2"} & set(found)
     assert bool(torch.isfinite(small(IMAGES)).all())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_whose_positions_are_channels_that_were_cut_is_left_alone() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.tokens, self.head = nn.Conv2d(3, 6, 1), nn.Linear(64, 64), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.tokens(self.enter(x).flatten(2))).mean(2))
+
+    torch.manual_seed(0)
+    model = Mixer().eval()
+    small, found, _ = repaired(model, Plan(kept={"enter": (0, 2, 3)}), IMAGES)
+    assert "tokens" not in found
+    assert torch.equal(small.tokens.weight, model.tokens.weight)
+    assert found["head"].outcome == "refit"
