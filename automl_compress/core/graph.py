@@ -100,10 +100,10 @@ Cells = tuple[tuple[int, tuple[str, ...]], ...]
 class Numbers:
     """Numbers that the traced operators of a module contain, and what they count: sizes of a tensor (`shape`), amounts
     by which it is padded (`pad`, all beginnings before all ends), the end of a range (`end`), parts of a split
-    (`split`), groups of a norm (`groups`)."""
+    (`split`), groups of a norm (`groups`), the width that attention scales its logits for (`scale`)."""
 
     module: str
-    kind: Literal["shape", "pad", "end", "split", "groups"]
+    kind: Literal["shape", "pad", "end", "split", "groups", "scale"]
     values: tuple[int, ...]
     cells: tuple[Cells, ...]
 

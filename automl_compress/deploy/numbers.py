@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from automl_compress.core.graph import Cells, Graph
 from automl_compress.deploy.normalise import module_scope, shape_constant
@@ -22,7 +24,10 @@ _INPUTS = {
     "Pad": (1, "pad"),
     "Slice": (2, "end"),
     "Split": (1, "split"),
+    "Mul": (1, "scale"),
 }
+# The exporter scales queries and keys each by the fourth root of the width, their product thus by the square root.
+_SCALE_POWER = -0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,7 @@ def modules_of(graph: onnx.GraphProto) -> dict[str, str]:
 def find_numbers(onnx_graph: onnx.GraphProto, modules: Mapping[str, str], graph: Graph) -> tuple[Constant, ...]:
     """The constants of an exported graph that follow channel counts."""
     view = GraphView(onnx_graph)
-    result = []
+    found: dict[tuple[str, str, tuple[int, ...]], list[tuple[str, int]]] = {}
     for node in view.nodes:
         if node.op_type not in _INPUTS or node.output[0] not in modules:
             continue
@@ -51,22 +56,42 @@ def find_numbers(onnx_graph: onnx.GraphProto, modules: Mapping[str, str], graph:
         value = view.constant(node.input[position]) if len(node.input) > position else None
         if value is None:
             continue
-        values = tuple(int(part) for part in value.reshape(-1))
-        cells = _matching(graph, modules[node.output[0]], kind, values)
-        if cells is not None and any(cells):
-            result.append(Constant(output=node.output[0], position=position, values=values, cells=cells))
+        values = _integers(kind, value)
+        if values is None:
+            continue
+        found.setdefault((modules[node.output[0]], kind, values), []).append((node.output[0], position))
+    result = []
+    for (module, kind, values), nodes in found.items():
+        calls = _matching(graph, module, kind, values)
+        # Calls that look alike may count different channels, as those of keys and of values: then their order tells.
+        # The last ones may be of operators that the exporter writes without numbers.
+        ordered = calls[: len(nodes)] if len(calls) >= len(nodes) else calls[:1] * len(nodes)
+        for (output, position), cells in zip(nodes, ordered, strict=False):
+            if any(cells):
+                result.append(Constant(output=output, position=position, values=values, cells=cells))
     return tuple(result)
 
 
-def _matching(graph: Graph, module: str, kind: str, values: Sequence[int]) -> tuple[Cells, ...] | None:
+def _integers(kind: str, value: np.ndarray) -> tuple[int, ...] | None:
+    """What a constant counts; None if that isn't a whole number."""
+    if kind != "scale":
+        return tuple(int(part) for part in value.reshape(-1))
+    factor = float(value.reshape(-1)[0]) if value.size == 1 else 0.0
+    width = round(factor ** (1 / _SCALE_POWER)) if 0.0 < factor < 1.0 else 0
+    return (width,) if width > 0 and abs(width**_SCALE_POWER / factor - 1) < 1e-5 else None
+
+
+def _matching(graph: Graph, module: str, kind: str, values: Sequence[int]) -> list[tuple[Cells, ...]]:
+    """What the numbers count, for each call of the module whose numbers they can be."""
+    calls: list[tuple[Cells, ...]] = []
     for numbers in graph.numbers:
         if numbers.module != module:
             continue
         if numbers.kind == kind and _same(kind, values, numbers.values):
-            return numbers.cells
-        if numbers.kind == "groups" and kind == "shape" and tuple(values) == (0, numbers.values[0], -1):
-            return ((), numbers.cells[0], ())
-    return None
+            calls.append(numbers.cells)
+        elif numbers.kind == "groups" and kind == "shape" and tuple(values) == (0, numbers.values[0], -1):
+            calls.append(((), numbers.cells[0], ()))
+    return calls
 
 
 def _same(kind: str, values: Sequence[int], known: Sequence[int]) -> bool:
@@ -92,4 +117,14 @@ def fill_numbers(
             for value, cells in zip(constant.values, constant.cells, strict=True)
         ]
         if tuple(values) != constant.values:
-            node.input[constant.position] = shape_constant(onnx_graph, values)
+            node.input[constant.position] = (
+                _scale_constant(onnx_graph, values[0]) if node.op_type == "Mul" else shape_constant(onnx_graph, values)
+            )
+
+
+def _scale_constant(graph: onnx.GraphProto, width: int) -> str:
+    """The name of an initializer that scales for this width, which equal users share."""
+    name = f"scale_{width}"
+    if all(tensor.name != name for tensor in graph.initializer):
+        graph.initializer.append(numpy_helper.from_array(np.array([width**_SCALE_POWER], np.float32), name))
+    return name

@@ -167,6 +167,8 @@ def attention(walk: Walk, node: Node) -> Labels:
     tie_or_freeze(walk, q[-1], k[-1], _UNKNOWN_INPUT)
     tie_or_freeze(walk, k[-2], v[-2], _UNKNOWN_INPUT)
     walk.note_statistics(node)
+    if node.kwargs.get("scale") is None:
+        walk.note_numbers(node, "scale", (walk.shape(query)[-1],), (q[-1],))
     heads, shared = (walk.shape(operand)[-3] if len(q) > 2 else 1 for operand in (query, key))
     shape = walk.shape(node)
     if heads != shared and node.kwargs.get("enable_gqa"):

@@ -6,7 +6,7 @@ The result is an instance of the user's own class with smaller parameters, train
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,10 @@ def cut(model: nn.Module, graph: Graph, *, kept: Mapping[str, Iterable[int]], dr
     Groups that are not named stay whole. Raises PlanError where a group or block isn't the model's.
     """
     result = copy_model(model)
-    stay = {name: frozenset(channels) for name, channels in kept.items()}
+    drop = tuple(drop)
+    gone = {layer for name in drop if name in graph.block for layer in graph.block[name].layers}
+    # What is inside of a removed block stays whole: code around what stands in for it may still count it.
+    stay = {name: frozenset(channels) for name, channels in kept.items() if not _inside(graph, name, gone)}
     keep = _kept_positions(graph, stay)
     _shrink_tensors(result, keep)
     _set_attributes(result, graph, stay)
@@ -61,6 +64,12 @@ def cut(model: nn.Module, graph: Graph, *, kept: Mapping[str, Iterable[int]], dr
     for block in dropped:
         remove_block(result, block, kept_shape(block, stay))
     return result
+
+
+def _inside(graph: Graph, group: str, layers: Collection[str]) -> bool:
+    """Whether a group's channels are made and read by these layers alone."""
+    found = graph.group.get(group)
+    return found is not None and bool(layers) and {*found.producers, *found.consumers} <= set(layers)
 
 
 def kept_shape(block: Block, kept: Mapping[str, frozenset[int]]) -> tuple[int, ...]:

@@ -156,7 +156,7 @@ def _unused(model: nn.Module, walk: Walk) -> Iterator[Frozen]:
 
 
 def numbers_of(walk: Walk, atoms: Mapping[str, Sequence[int]], groups: Collection[str]) -> tuple[Numbers, ...]:
-    """The numbers in the traced operators that change with the groups, each once."""
+    """The numbers in the traced operators that change with the groups, one entry a call, in the order of the calls."""
     owner = {atom: group for group in groups for atom in atoms[group]}
 
     def cells(ids: Ids | None) -> Cells:
@@ -165,11 +165,11 @@ def numbers_of(walk: Walk, atoms: Mapping[str, Sequence[int]], groups: Collectio
         held = Counter(tuple(owner[a] for a in members if a in owner) for members in walk.channels.sets(ids))
         return tuple((count, names) for names, count in held.items()) if any(held) else ()
 
-    found: dict[Numbers, None] = {}
+    found: list[Numbers] = []
     for module, kind, values, labels in walk.numbers:
         counted = tuple(cells(ids) for ids in labels)
         if any(counted):
-            found[Numbers(module=module, kind=kind, values=values, cells=counted)] = None
+            found.append(Numbers(module=module, kind=kind, values=values, cells=counted))
     return tuple(found)
 
 

@@ -125,7 +125,9 @@ class Workbench:
         """The plan's ONNX model with the right shapes and operators but without repair: enough to predict its cost."""
         plan = select_channels(self.graph, plan, self.ranking)
         model = self.template.fill(apply_plan(self.teacher, self.graph, plan), plan)
-        ranges = self._original_calibration.ranges()
+        # A model that was exported by itself may call its values differently; for the time, any range will do.
+        anything = dict.fromkeys(activation_tensors(model, _low_bits(plan), self.executions), (-1.0, 1.0))
+        ranges = {**anything, **self._original_calibration.ranges()}
         return quantized(model, _low_bits(plan), Quantization(ranges=ranges), self.executions, draft=True)
 
     def export(self, model: nn.Module, plan: Plan, found: Quantization | None = None) -> onnx.ModelProto:
