@@ -16,7 +16,7 @@ from torch.fx import Node
 from automl_compress.model.labels import Channels, Ids, Labels
 from automl_compress.model.rules import RULES
 
-NumberKind = Literal["shape", "pad", "end", "split", "groups"]
+NumberKind = Literal["shape", "pad", "end", "split", "groups", "scale"]
 _CONVOLUTIONS = {f"conv{n}d" for n in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{n}d" for n in (1, 2, 3)}
 _PRODUCTS = {"matmul", "mm", "addmm"}

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from automl_compress.core.plan import Plan
+from automl_compress.deploy.export import Template
+from automl_compress.deploy.verify import check_float
+from automl_compress.model.trace import trace
+from automl_compress.techniques.evidence import Evidence
+from automl_compress.techniques.importance import l2
+from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
+
+
+class Attention(nn.Module):
+    """Keys and values of different widths after a cut, in calls that look alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 4)
+        self.heads = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        parts = (layer(x).view(batch, length, self.heads, -1) for layer in (self.query, self.key, self.value))
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        x = x + self.out(mixed.reshape(batch, length, -1))
+        result: Tensor = self.down(torch.relu(self.up(x))).mean(dim=1)
+        return result
+
+
+@pytest.mark.parametrize("drop", [frozenset(), frozenset({"all"})])
+def test_cut_attention_is_filled_into_the_template(drop: frozenset[str]) -> None:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    inputs = (torch.randn(2, 6, 32),)
+    graph = trace(model, inputs)
+    sparsities = dict(zip((group.name for group in graph.groups), (0.5, 0.25, 0.125, 0.5), strict=False))
+    assert len(graph.groups) >= 4
+    template = Template(model, inputs, graph)
+    blocks = frozenset(block.name for block in graph.blocks) if drop else drop
+    ranking = Ranking(Evidence(model, graph), l2)
+    plan = select_channels(graph, Plan(sparsity=sparsities, drop=blocks), ranking)
+    smaller = apply_plan(model, graph, plan)
+    filled = template.fill(smaller, plan)
+    assert not template.notes
+    check_float(filled, smaller, (torch.randn(3, 6, 32),))
