@@ -1,13 +1,15 @@
 """Plans in outline, without building their models: which nodes remain, what runs in integers, how wide values are.
 
 The sizes of values are found once: the original's shapes, and how much each shrinks with every channel that a group
-loses, from one model in which each group is cut. Sizes are linear in the numbers of channels, so that is exact.
+loses, from one model for each group. Where several groups share a dimension they either lie beside each other in it,
+and what they lose adds up, or make a grid (heads and their width), and their shares multiply; one model in which all
+are cut tells which.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -32,7 +34,7 @@ class Sketcher:
     """Sketches plans of one traced model.
 
     original  its ONNX model, as `template` fills it
-    narrowed  a plan that cuts some channels of one group -> its float ONNX model; called once for each group
+    narrowed  a plan that cuts some channels -> its float ONNX model; called once for each group, and once for all
     size_of   a plan -> bytes of its layers' weights in the file
     executions    how layers of each kind run at each bit-width
     """
@@ -61,6 +63,7 @@ class Sketcher:
             cut = value_shapes(narrowed(plan))
             smaller = _table([cut.get(name, shapes[name]) for name in names], self._full.shape[1])
             self._slopes[group.name] = (self._full - smaller) / max(removed, 1)
+        self._grid = self._grid_dimensions(names, shapes, narrowed)
         self._skeleton = lru_cache(_CACHED)(self._make_skeleton)
 
     def __call__(self, plan: Plan) -> Sketch:
@@ -92,12 +95,29 @@ class Sketcher:
         )
 
     def _dims(self, plan: Plan) -> Array:
-        dims = self._full.copy()
+        lost = np.zeros_like(self._full)
+        share = np.ones_like(self._full)
         for group in self._graph.groups:
             removed = group.size - plan.kept_count(group.name, group.size)
             if removed:
-                dims -= removed * self._slopes[group.name]
-        return dims
+                gone = removed * self._slopes[group.name]
+                lost += gone
+                share *= 1 - gone / self._full
+        return np.where(self._grid, np.rint(self._full * share), self._full - lost)
+
+    def _grid_dimensions(
+        self, names: Sequence[str], shapes: Mapping[str, Shape], narrowed: Callable[[Plan], onnx.ModelProto]
+    ) -> NDArray[np.bool_]:
+        """Which sizes are products of what groups keep."""
+        shared = sum((slopes != 0 for slopes in self._slopes.values()), np.zeros(self._full.shape, dtype=int)) > 1
+        self._grid = shared
+        if not shared.any():
+            return shared
+        plan = Plan(sparsity={group.name: 0.5 for group in self._graph.groups})
+        cut = value_shapes(narrowed(plan))
+        found = _table([cut.get(name, shapes[name]) for name in names], self._full.shape[1])
+        grid: NDArray[np.bool_] = shared & (self._dims(plan) == found)
+        return grid
 
     def _make_skeleton(self, drop: frozenset[str]) -> tuple[onnx.ModelProto, Skeleton, list[int], list[int]]:
         model = onnx.ModelProto()

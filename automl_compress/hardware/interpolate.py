@@ -39,6 +39,8 @@ _RESOLUTION_US = 0.2
 _FEW = 3
 # One standard deviation, relative, where only kernels of another family, or none, are known.
 _RELATED_ERROR = 0.4
+# What fusing an addition or an activation into a kernel changes, about.
+_FUSED_ERROR = 0.1
 _UNKNOWN_ERROR = 1.0
 _FROM_WEAKEST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
 _BLOCKS = ((2, 0.35), (4, 0.5), (8, 0.6), (16, 0.8), (32, 0.4))
@@ -70,8 +72,9 @@ class Total:
 class PriceList:
     """Prices of kernels, measured or not, from a profile's measured ones.
 
-    Kernels that were measured have that price. Others are interpolated within their family; where there is no family of
-    at least three, they are estimated from all kernels of the same operator, or of any.
+    Kernels that were measured have that price. Others are interpolated within their family; where fewer than three of
+    it were measured, among kernels that differ in what was fused into them as well; else they are estimated from all
+    kernels of the same operator, or of any.
     """
 
     def __init__(self, kernels: Mapping[str, KernelRecord]) -> None:
@@ -82,6 +85,7 @@ class PriceList:
         for key in self._known:
             parts = read_key(key)
             families[parts.family].append(key)
+            families[parts.core].append(key)
             operators[parts.op].append(key)
         self._families = families
         self._operators = operators
@@ -119,6 +123,9 @@ class PriceList:
         if len(self._families.get(parts.family, ())) >= _FEW:
             us, error = self._curve(parts.family, self._families[parts.family])(place)
             return Price(us, error, self._provenance(parts.family))
+        if len(self._families.get(parts.core, ())) >= _FEW and parts.core_sizes:
+            us, error = self._curve(parts.core, self._families[parts.core])(SizePlace(parts.core_sizes, place.work))
+            return Price(us, math.hypot(error, _FUSED_ERROR), self._provenance(parts.core))
         for name, keys in ((f"op {parts.op}", self._operators.get(parts.op, [])), ("any", list(self._known))):
             if keys:
                 us = self._curve(name, keys).roofline(place)
@@ -135,7 +142,8 @@ class PriceList:
             records = [self._known[key] for key in keys]
             times = np.array([max(record.mean_us, SMALLEST_US) for record in records])
             errors = np.array([_error(record) for record in records])
-            self._curves[name] = SizeCurve([place_of(key) for key in keys], times, errors)
+            whole = name == read_key(keys[0]).core
+            self._curves[name] = SizeCurve([place_of(key, core=whole) for key in keys], times, errors)
         return self._curves[name]
 
 
@@ -155,13 +163,13 @@ class SizePlace:
     work: tuple[float, ...]
 
 
-def place_of(key: str) -> SizePlace:
-    """A kernel's sizes and work, by its key."""
+def place_of(key: str, *, core: bool = False) -> SizePlace:
+    """A kernel's sizes (those that don't depend on what was fused, if `core`) and work, by its key."""
     parts, work = read_key(key), work_of(key)
     reads, writes, weights = (
         sum(tensor.bytes for tensor in tensors) / 1e4 for tensors in (parts.inputs, parts.outputs, parts.weights)
     )
-    return SizePlace(parts.sizes, (1.0, work.operations / 1e6, reads, writes, weights))
+    return SizePlace(parts.core_sizes if core else parts.sizes, (1.0, work.operations / 1e6, reads, writes, weights))
 
 
 class SizeCurve:

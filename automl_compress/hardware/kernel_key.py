@@ -45,6 +45,8 @@ class KernelParts:
     inputs, outputs    activations; `weights`: constants with more than one dimension
     details  geometry, attributes, what was fused
     family   the key with every size taken out: kernels of one family differ in nothing but `sizes`
+    core     the family without what was fused into the kernel; kernels of one core that read one value more or less
+             (an addition) have `core_sizes` of equal number
     """
 
     op: str
@@ -54,6 +56,8 @@ class KernelParts:
     details: tuple[str, ...]
     family: str
     sizes: tuple[int, ...]
+    core: str
+    core_sizes: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -75,6 +79,9 @@ def read_key(key: str) -> KernelParts:
         part = _TENSOR.sub(lambda m: f"{m[1]}[{m[2].count(',') + 1 if m[2] else 0}]", part)
         # A convolution with groups is another algorithm than one without.
         family.append(_CHANNELS.sub(lambda m: f"{m[1]}{'1' if m[0] == 'g1' else 'N'}", part))
+    tensors = (*_tensors(before)[:1], *_tensors(after)[:1], *_tensors(weights)[:1])
+    geometry = next((part for part in family if part.startswith("k") and " s" in part), "")
+    kinds = ",".join(f"{tensor.dtype}[{len(tensor.shape)}]" for tensor in tensors)
     return KernelParts(
         op=op,
         inputs=_tensors(before),
@@ -83,6 +90,8 @@ def read_key(key: str) -> KernelParts:
         details=tuple(details),
         family="|".join(family),
         sizes=tuple(sizes),
+        core="|".join((op.replace("Fused", ""), kinds, geometry)),
+        core_sizes=tuple(size for tensor in tensors for size in tensor.shape),
     )
 
 

@@ -14,7 +14,7 @@ into surroundings: what these cost is learned, and how well it predicts is teste
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,7 +188,9 @@ def charge(skeleton: Skeleton, kernels: Sequence[Kernel]) -> list[int]:
         position = layers.get(kernel.layer or "") if kernel.role == "layer" else None
         for name in (*kernel.writes, *kernel.reads):
             if position is None:
-                position = makers.get(name, _traced(skeleton, name))
+                position = makers.get(name, _traced(skeleton.position, name))
+        if position is None:  # it reads constants alone, such as a weight that is unpacked in every run
+            position = next((p for name in kernel.writes if (p := _traced(layers, name)) is not None), None)
         if position is None:
             position = len(skeleton.ops)
         makers.update(dict.fromkeys(kernel.writes, position))
@@ -196,12 +198,12 @@ def charge(skeleton: Skeleton, kernels: Sequence[Kernel]) -> list[int]:
     return charged
 
 
-def _traced(skeleton: Skeleton, name: str) -> int | None:
-    """'relu_3_nchwc' -> the node that writes 'relu_3': what the runtime makes of a value keeps its name in front."""
+def _traced(positions: Mapping[str, int], name: str) -> int | None:
+    """'relu_3_nchwc' -> the position of 'relu_3': what the runtime makes of a value keeps its name in front."""
     while name:
-        if name in skeleton.position:
-            return skeleton.position[name]
-        name = name[: max(name.rfind("_"), name.rfind("/"), 0)]
+        if name in positions:
+            return positions[name]
+        name = name[: max(name.rfind(mark) for mark in "_/.") if any(mark in name for mark in "_/.") else 0]
     return None
 
 
