@@ -68,9 +68,9 @@ class Sketcher:
 
     def __call__(self, plan: Plan) -> Sketch:
         """The plan in outline, as 8-bit layers, removed blocks and channel counts leave it."""
-        model, skeleton, first_reads, writes = self._skeleton(plan.drop)
+        model, view, skeleton, first_reads, writes = self._skeleton(plan.drop)
         bits = {name: width for name, width in plan.bits.items() if width != FULL_BITS}
-        placement = place(model, bits, self._executions)
+        placement = place(model, bits, self._executions, view=view)
         dims = self._dims(plan)
         numbers = dims.prod(axis=1)
         channels = np.where(self._rank == 4, dims[:, 1], dims[np.arange(len(dims)), np.maximum(self._rank - 1, 0)])
@@ -119,7 +119,7 @@ class Sketcher:
         grid: NDArray[np.bool_] = shared & (self._dims(plan) == found)
         return grid
 
-    def _make_skeleton(self, drop: frozenset[str]) -> tuple[onnx.ModelProto, Skeleton, list[int], list[int]]:
+    def _make_skeleton(self, drop: frozenset[str]) -> tuple[onnx.ModelProto, GraphView, Skeleton, list[int], list[int]]:
         model = onnx.ModelProto()
         model.CopyFrom(self._original)
         self._template.drop_blocks(model.graph, drop)
@@ -140,7 +140,7 @@ class Sketcher:
         )
         writes = [self._value[site] for site in skeleton.sites]
         first = [self._value[values[0]] if values else own for values, own in zip(reads, writes, strict=True)]
-        return model, skeleton, first, writes
+        return model, view, skeleton, first, writes
 
 
 def _kind(node: onnx.NodeProto) -> str:

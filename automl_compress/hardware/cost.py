@@ -83,7 +83,9 @@ class CostModel:
         self._measurements = 0
         self._prices = PriceList({})
         self._priced = -1
-        self._fits: dict[tuple[ModelRecord, ...], tuple[Fit, Fit]] = {}
+        self._fits: dict[int, tuple[Fit, Fit]] = {}
+        self._fitted = -1
+        self._variants: list[ModelRecord] = []
 
     @property
     def family(self) -> str:
@@ -98,9 +100,8 @@ class CostModel:
     @property
     def prices(self) -> PriceList:
         """What kernels take, by all that the profile knows now."""
-        known = len(self.profile.kernels)
-        if known != self._priced:
-            self._prices, self._priced = PriceList(self.profile.kernels), known
+        if self.profile.revision != self._priced:
+            self._prices, self._priced = PriceList(self.profile.kernels), self.profile.revision
         return self._prices
 
     def lower(self, model: onnx.ModelProto) -> list[Kernel]:
@@ -148,10 +149,16 @@ class CostModel:
         Latency in microseconds from the terms of `LATENCY_TERMS`, memory in bytes from (1, file size, live
         activations, number of kernels).
         """
-        records = tuple(self._comparable(total_us))
-        if records not in self._fits:
-            self._fits[records] = (_fit_latency(records), _fit_memory(records))
-        return self._fits[records]
+        if self.profile.revision != self._fitted:
+            self._fits.clear()
+            self._fitted = self.profile.revision
+            self._variants = [record for record in self.profile.models if record.family == self._family]
+        # Variants of one network are fitted together, whatever they take; else models of a similar time are.
+        octave = 0 if self._variants else round(math.log2(max(total_us, 1e-3)))
+        if octave not in self._fits:
+            records = self._variants or self._similar(total_us)
+            self._fits[octave] = (_fit_latency(records), _fit_memory(records))
+        return self._fits[octave]
 
     def by_layer(self, model: onnx.ModelProto) -> dict[str, float]:
         """Layer -> its share of the predicted latency in microseconds, its helpers included; shares add up to it."""
@@ -190,11 +197,8 @@ class CostModel:
     def _sum_us(self, model: onnx.ModelProto) -> float:
         return self.prices.total(kernel.key for kernel in self.device.lowered(model).kernels).us
 
-    def _comparable(self, total_us: float) -> list[ModelRecord]:
+    def _similar(self, total_us: float) -> list[ModelRecord]:
         """The measured models that say something about one whose kernels add up to `total_us`."""
-        variants = [record for record in self.profile.models if record.family == self._family]
-        if variants:
-            return variants
         return [record for record in self.profile.models if 1 / _SIMILAR < record.kernel_sum_us / total_us < _SIMILAR]
 
 

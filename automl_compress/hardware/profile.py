@@ -45,6 +45,7 @@ class DeviceProfile:
 
     kernels      key of an executed kernel -> its time; several measurements of one kernel are merged
     models       whole models that were measured, the latest of each structure
+    revision     grows whenever anything is added
     corrections  family of models -> the latest fit of what their latency is of the sum of their kernels
     warnings     why the figures may not hold here, e.g. that they were measured on another CPU; empty if they do
     obstacles    those of the warnings for which nothing may be added here
@@ -60,6 +61,7 @@ class DeviceProfile:
         self._load()
 
     def _load(self) -> None:
+        self.revision = getattr(self, "revision", 0) + 1
         self.kernels: dict[str, KernelRecord] = {}
         self.corrections: dict[str, CorrectionRecord] = {}
         self._models: dict[str, ModelRecord] = {}
@@ -147,6 +149,7 @@ class DeviceProfile:
         """Take estimated prices of kernels for as long as this object lives; they never get into the file."""
         for record in records:
             self.kernels.setdefault(record.key, record)
+        self.revision += 1
 
     def refresh(self) -> None:
         """Read what other processes have appended since."""
@@ -214,6 +217,7 @@ class DeviceProfile:
             self.notes += [note] if note not in self.notes else []
 
     def _keep(self, record: Record) -> None:
+        self.revision += 1
         if isinstance(record, ModelRecord):
             self._models[record.key] = record
         elif isinstance(record, CorrectionRecord):

@@ -95,9 +95,18 @@ def data_inputs(node: onnx.NodeProto) -> list[str]:
     return list(node.input) if node.op_type in ("Add", "Mul", "Concat") else [node.input[0]]
 
 
-def place(model: onnx.ModelProto, bits: Mapping[str, int], executions: Executions = DEFAULT_EXECUTIONS) -> Placement:
-    """Decide for a float model which values become integers, given layer -> bits. See the module's text."""
-    view = GraphView(model.graph)
+def place(
+    model: onnx.ModelProto,
+    bits: Mapping[str, int],
+    executions: Executions = DEFAULT_EXECUTIONS,
+    *,
+    view: GraphView | None = None,
+) -> Placement:
+    """Decide for a float model which values become integers, given layer -> bits. See the module's text.
+
+    `view` is that of the model's graph, for who asks often.
+    """
+    view = view or GraphView(model.graph)
     formats = layer_formats(view, bits, executions)
     layers = {node.output[0]: node for node in view.nodes if formats.get(node.output[0], ("float",))[0] == "integer"}
     wanted = {node.input[0] for node in layers.values()}
