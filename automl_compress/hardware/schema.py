@@ -59,8 +59,12 @@ class KernelRecord:
             bursts_us=(*self.bursts_us, *other.bursts_us),
             count=count,
             provenance=self.provenance if self.provenance == other.provenance else "interpolated",
-            conditions="; ".join(dict.fromkeys(filter(None, (self.conditions, other.conditions)))) or None,
+            conditions="; ".join(dict.fromkeys(filter(None, _parts(self, other)))) or None,
         )
+
+
+def _parts(*records: KernelRecord) -> list[str]:
+    return [part for record in records for part in (record.conditions or "").split("; ")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ output = arguments.parse_args().output or Path(tempfile.mkdtemp(prefix="digits-"
 
 print("Training a teacher on handwritten digits, then compressing it to 35 % of its latency and 20 % of its size.")
 with make_progress(sys.stderr) as progress:
-    result = compress(task(), latency="35%", size="20%", trials=24, epochs=6, output=output, progress=progress)
+    result = compress(task(), latency="35%", size="20%", trials=16, epochs=6, output=output, progress=progress)
 print(summarize(result.to_json()))
 print(f"Open {output / 'report.html'} for what was done to each layer and why.")
 raise SystemExit(0 if result.status == "met" else 3)
