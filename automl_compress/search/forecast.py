@@ -37,7 +37,7 @@ from automl_compress.search.space import SearchSpace
 
 # Shares of removed blocks among random plans: few, as a search proposes them, and many.
 _DROP_SHARES = (0.05, 0.15, 0.3)
-_WIDTH_SHARE = 0.35
+_WIDTH_SHARE = 0.6
 _BATCH = 8
 
 
