@@ -18,7 +18,7 @@ import onnx
 
 from automl_compress.core.budget import METRICS, Cost
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.fit import Fit, fit
+from automl_compress.hardware.fit import MEDIAN_DEVIATION, Fit, fit
 from automl_compress.hardware.interpolate import PriceList, Total
 from automl_compress.hardware.kernels import Kernel, structure_digest, weight_bytes
 from automl_compress.hardware.measure import measure_model
@@ -41,8 +41,6 @@ _UNSURE = 0.03
 _FORESEEN = 0.8
 _ENOUGH_CHECKED = 3
 _CHECKED = 16
-# The median of a normal error's size is so much of its standard deviation.
-_MEDIAN_DEVIATION = 0.6745
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +125,7 @@ class CostModel:
     def cost_of(self, total: Total, nodes: float, tensors: Tensors) -> Cost:
         """The cost of a model whose kernels, `nodes` of them, add up to `total`."""
         latency, memory = self.fits(total.us)
-        errors = (total.error, (latency.error or 0.0) / _MEDIAN_DEVIATION)
+        errors = (total.error, (latency.error or 0.0) / MEDIAN_DEVIATION)
         return Cost(
             latency_us=latency(_terms(total.us, nodes, tensors.file, tensors.activations))
             * self.scale

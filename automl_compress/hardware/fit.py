@@ -16,6 +16,8 @@ from scipy.optimize import lsq_linear
 Array = NDArray[np.float64]
 
 ENOUGH = 6
+# The median of a normal error's size is so much of its standard deviation.
+MEDIAN_DEVIATION = 0.6745
 _PRIOR_WEIGHT = 0.01
 _MARGIN = 0.15
 
@@ -107,6 +109,6 @@ def _solve(rows: Array, targets: Array, prior: Array, nonnegative: bool) -> Arra
         right = np.concatenate([root, np.sqrt(_PRIOR_WEIGHT) * center])
         solution = lsq_linear(left, right, bounds=(low, np.inf)).x
         misses = np.abs(design @ solution - 1.0)
-        limit = max(1.5 * float(np.median(misses)) / 0.6745, 1e-6)
+        limit = max(1.5 * float(np.median(misses)) / MEDIAN_DEVIATION, 1e-6)
         weights = np.minimum(1.0, limit / np.maximum(misses, 1e-12))
     return np.asarray(solution / scale, dtype=float)

@@ -11,9 +11,8 @@ import numpy as np
 from automl_compress.hardware.migrate import VERSION
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import KernelRecord
+from automl_compress.hardware.trust import UNTRUSTED_SPREAD
 
-# From this spread on a figure can't be compared with another one (pyperf draws the line at the same place).
-UNTRUSTED_SPREAD = 0.10
 # A profile whose predictions are further off than this on models that it didn't see deserves a warning.
 _POOR_FIT = 0.05
 _SHOWN = 10

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from automl_compress.hardware.fit import MEDIAN_DEVIATION
 from automl_compress.hardware.interpolate import PriceList, SizeCurve, SizePlace, Total
 from automl_compress.hardware.kernels import Kernel
 from automl_compress.hardware.sketch import Skeleton, Sketch
@@ -74,7 +75,7 @@ class Surroundings:
             if layer is not None:
                 own, error, known = self._own(skeleton.kinds[position], sketch, position)
                 us, nodes, variance, certain = us + own, nodes + 1, variance + (own * error) ** 2, certain and known
-        spread = (self.error if self.error is not None else 0.1) / 0.6745
+        spread = (self.error if self.error is not None else 0.1) / MEDIAN_DEVIATION
         error = float(np.hypot(np.sqrt(variance) / max(us, 1e-9), spread))
         return Total(us, error, error, 0.0, "interpolated" if certain else "estimated"), nodes
 
