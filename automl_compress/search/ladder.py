@@ -23,6 +23,8 @@ from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import ExportError, PlanError, RunFolderError
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distill import Schedule, Step, TrainingLog, distill
+from automl_compress.techniques.distillation.losses import Losses
+from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.files import PREFIX, from_tensors, to_tensors
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
@@ -104,8 +106,8 @@ def short(schedule: Schedule) -> Schedule:
 class Recovery:
     """Recovers plans and keeps each result in the run folder, so that none is ever trained twice."""
 
-    def __init__(self, bench: Workbench, folder: RunFolder) -> None:
-        self._bench, self._folder = bench, folder
+    def __init__(self, bench: Workbench, folder: RunFolder, losses: Losses | None = None) -> None:
+        self._bench, self._folder, self._losses = bench, folder, losses or Losses()
 
     def recover(self, plan: Plan, rung: str, schedule: Schedule, on_step: Step | None = None) -> Candidate:
         """The recovered model of a plan at a rung, from the run folder if it is there.
@@ -125,7 +127,7 @@ class Recovery:
         losses: tuple[float, ...] = ()
         if schedule.epochs > 0:
             masks = held_masks(model, bench.graph, full)
-            log = distill(model, bench.teacher, bench.task, schedule, seed=bench.seed, masks=masks, on_step=on_step)
+            log = distill(model, self._objective(), bench.task, schedule, seed=bench.seed, masks=masks, on_step=on_step)
             losses, seconds = log.losses, log.seconds
             better = bench.quantization(model, full, thorough=rung == FULL)
             trained = bench.export(model, full, better)
@@ -165,6 +167,9 @@ class Recovery:
             seconds=seconds,
         )
 
+    def _objective(self) -> Distillation:
+        return Distillation(self._bench.task, self._bench.teacher, self._losses)
+
     def _unrounded(self, model: nn.Module, plan: Plan) -> float:
         """The metric on validation data before quantization; training with rounding can win back what lies between."""
         if all(bits == FULL_BITS for bits in plan.bits.values()):
@@ -185,7 +190,7 @@ class Recovery:
             schedule, epochs=schedule.epochs * ROUNDING_SHARE, learning_rate=schedule.learning_rate * ROUNDING_RATE
         )
         masks = student.zeros(layer for layer, mask in plan.masks.items() if mask != NO_MASK)
-        log = distill(student, bench.teacher, bench.task, rounding, seed=bench.seed, masks=masks, on_step=on_step)
+        log = distill(student, self._objective(), bench.task, rounding, seed=bench.seed, masks=masks, on_step=on_step)
         note = f"scales and weights trained with rounding for {rounding.epochs:g} epochs"
         return replace(student.quantization(), notes=(*found.notes, note)), log
 

@@ -1,8 +1,4 @@
-"""Knowledge distillation: the student learns the teacher's soft labels beside the true ones.
-
-Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network". For tasks with a loss of their own
-the teacher's outputs are matched by squared error instead of softened probabilities.
-"""
+"""Trains a student for an objective: SGD at a one-cycle rate, weights that a mask removed held at zero."""
 
 from __future__ import annotations
 
@@ -14,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from automl_compress.errors import CompressError, TaskError, TrainingError
 from automl_compress.model.task import Batch, Task
+from automl_compress.techniques.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +23,12 @@ class Schedule:
     epochs         passes over the training data; a fraction stops within a pass
     learning_rate  peak of the one-cycle schedule (SGD, Nesterov momentum 0.9)
     weight_decay   on weights of two and more dimensions only; biases and norms are exempt
-    temperature    softens teacher and student alike
-    soft_share     weight of the teacher's labels; the rest goes to the true labels
     clip           largest gradient norm
     """
 
     epochs: float = 3.0
     learning_rate: float = 0.02
     weight_decay: float = 5e-4
-    temperature: float = 6.0
-    soft_share: float = 0.9
     clip: float = 5.0
 
 
@@ -52,29 +44,9 @@ class TrainingLog:
 Step = Callable[[int, int, float, float], None]  # step, steps, loss, images per second
 
 
-def distillation_loss(task: Task, student: Any, teacher: Any, targets: Tensor, schedule: Schedule) -> Tensor:
-    """Soft labels at a temperature plus the task's own loss; scalar. Outputs [N, classes] for classification."""
-    if _shape(student) != _shape(teacher):
-        raise TrainingError(f"teacher and student outputs differ in shape: {_shape(teacher)} and {_shape(student)}")
-    if task.classifies:
-        t = schedule.temperature
-        soft = functional.kl_div(
-            functional.log_softmax(student / t, dim=1),
-            functional.log_softmax(teacher / t, dim=1),
-            reduction="batchmean",
-            log_target=True,
-        ) * (t * t)
-    else:
-        soft = _match(student, teacher)
-    hard = task.loss_of(student, targets)
-    if hard.ndim != 0:
-        raise TaskError(f"the task's loss must return a scalar tensor, found shape {tuple(hard.shape)}")
-    return schedule.soft_share * soft + (1 - schedule.soft_share) * hard
-
-
 def distill(
     student: nn.Module,
-    teacher: nn.Module,
+    objective: Objective,
     task: Task,
     schedule: Schedule,
     *,
@@ -82,13 +54,12 @@ def distill(
     masks: Mapping[str, Tensor] | None = None,
     on_step: Step | None = None,
 ) -> TrainingLog:
-    """Train `student` in place against `teacher` (frozen, eval). Raises TrainingError when the loss stops being finite.
+    """Train `student` in place for `objective`. Raises TrainingError when the loss stops being finite.
 
     masks: parameter name -> which of its weights train; the others are zero before and after every step. The same
     seed, data order and thread count give the same student.
     """
     torch.manual_seed(seed)
-    teacher = teacher.eval()
     channels_last = any(p.ndim == 4 for p in student.parameters())
     if channels_last:
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -104,7 +75,7 @@ def distill(
     for number, (inputs, targets) in enumerate(_endless(task, steps)):
         if channels_last:
             inputs = tuple(x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs)
-        loss = _gradient(student, teacher, task, inputs, targets, schedule)
+        loss = _gradient(student, objective, (inputs, targets))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss became {loss} at step {number + 1} of {steps}; lower the learning rate "
@@ -127,21 +98,15 @@ def distill(
     return TrainingLog(losses=_tenths(losses), images=images, seconds=time.perf_counter() - start)
 
 
-def _gradient(
-    student: nn.Module, teacher: nn.Module, task: Task, inputs: tuple[Tensor, ...], targets: Tensor, schedule: Schedule
-) -> float:
+def _gradient(student: nn.Module, objective: Objective, batch: Batch) -> float:
     student.zero_grad(set_to_none=True)
     try:
-        with torch.no_grad():
-            soft = teacher(*inputs)
-        loss = distillation_loss(task, student(*inputs), soft, targets, schedule)
+        loss = objective(student, batch).total
         loss.backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in inputs)
+        shapes = ", ".join(str(tuple(part.shape)) for part in batch[0])
         first = str(error).partition("\n")[0]
         raise TrainingError(f"a training step on inputs {shapes} failed: {first}") from error
-    except IndexError as error:  # cross-entropy on a class that the model doesn't have
-        raise TaskError(f"task: train labels are out of range: {error}") from error
     return float(loss.detach())
 
 
@@ -191,18 +156,6 @@ def _endless(task: Task, steps: int) -> Iterator[Batch]:
             raise TrainingError(f"reading train data raised {type(error).__name__}: {error}") from error
         if done == before:
             raise TaskError("task: train data is empty: its loader yields no batch")
-
-
-def _match(student: Any, teacher: Any) -> Tensor:
-    if isinstance(student, Tensor):
-        scale: Tensor = teacher.float().var().clamp_min(1e-6)
-        return functional.mse_loss(student, teacher) / scale
-    parts = [_match(a, b) for a, b in zip(student, teacher, strict=True)]
-    return torch.stack(parts).mean()
-
-
-def _shape(outputs: Any) -> Any:
-    return tuple(outputs.shape) if isinstance(outputs, Tensor) else [_shape(part) for part in outputs]
 
 
 def _tenths(losses: list[float]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Distillation: repeatable, stopped where the loss stops being a number, and untouched where nothing may be touched."""
+"""Training: repeatable, stopped where the loss stops being a number, and untouched where nothing may be touched."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from automl_compress.errors import TaskError, TrainingError
 from automl_compress.model.task import Task, prepare
-from automl_compress.techniques.distill import Schedule, distill, distillation_loss
+from automl_compress.techniques.distill import Schedule, distill
+from automl_compress.techniques.distillation.objective import Distillation
 from tests import tiny
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 3, generator=GENERATOR), torch.arange(64) % 4
-SOFT = Schedule(soft_share=1.0)
 
 
 def net(seed: int = 1) -> nn.Sequential:
@@ -35,51 +35,9 @@ def train(student: nn.Module, ready: Task | None = None, **options: Any) -> tupl
     seed = options.pop("seed", 0)
     on_step = options.pop("on_step", None)
     ready = ready or task()
-    return student, distill(student, ready.model, ready, Schedule(**options), seed=seed, on_step=on_step)
-
-
-def test_a_student_that_answers_like_the_teacher_has_no_soft_loss() -> None:
-    outputs = torch.randn(5, 4, generator=GENERATOR)
-    assert float(distillation_loss(task(), outputs, outputs, Y[:5], SOFT)) == pytest.approx(0, abs=1e-6)
-    # A constant added to all classes changes no probability.
-    assert float(distillation_loss(task(), outputs + 3, outputs, Y[:5], SOFT)) == pytest.approx(0, abs=1e-5)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_is_hintons(share: float) -> None:
-    student, teacher = torch.randn(2, 5, 4, generator=GENERATOR)
-    schedule = Schedule(temperature=3.0, soft_share=share)
-    p, q = torch.softmax(teacher / 3, 1), torch.softmax(student / 3, 1)
-    soft = 9 * (p * (p / q).log()).sum(1).mean()
-    wanted = share * soft + (1 - share) * functional.cross_entropy(student, Y[:5])
-    torch.testing.assert_close(distillation_loss(task(), student, teacher, Y[:5], schedule), wanted)
-
-
-def test_own_losses_match_outputs_by_squared_error_free_of_scale() -> None:
-    own = task(loss=nn.MSELoss(), metric=lambda o, t: 0.0, train=(X, X), validation=(X, X))
-    student, teacher = torch.randn(2, 16, 4, generator=GENERATOR)
-    loss = distillation_loss(own, student, teacher, teacher, SOFT)
-    torch.testing.assert_close(loss, ((student - teacher) ** 2).mean() / teacher.var())
-    torch.testing.assert_close(distillation_loss(own, 10 * student, 10 * teacher, teacher, SOFT), loss)
-    assert float(distillation_loss(own, teacher, teacher, teacher, SOFT)) == 0.0
-
-
-def test_several_outputs_are_matched_one_by_one() -> None:
-    own = task(loss=lambda o, t: o[0].sum() * 0, metric=lambda o, t: 0.0)
-    one, other = torch.randn(2, 16, 4, generator=GENERATOR)
-    assert float(distillation_loss(own, (one, other), (one, other), Y, SOFT)) == 0.0
-    assert float(distillation_loss(own, (one, other), (one, one), Y, SOFT)) > 0
-
-
-def test_outputs_of_another_shape_are_refused() -> None:
-    with pytest.raises(TrainingError, match=r"\(5, 4\).*\(5, 3\)"):
-        distillation_loss(task(), torch.zeros(5, 3), torch.zeros(5, 4), Y[:5], SOFT)
-
-
-def test_a_loss_that_is_no_scalar_is_refused() -> None:
-    own = task(loss=lambda o, t: functional.cross_entropy(o, t, reduction="none"), metric=lambda o, t: 0.0)
-    with pytest.raises(TaskError, match=r"scalar.*\(5,\)"):
-        distillation_loss(own, torch.zeros(5, 4), torch.zeros(5, 4), Y[:5], SOFT)
+    return student, distill(
+        student, Distillation(ready, ready.model), ready, Schedule(**options), seed=seed, on_step=on_step
+    )
 
 
 def test_the_same_seed_makes_the_same_student() -> None:
@@ -200,10 +158,11 @@ def test_masked_weights_stay_zero_through_training_and_the_others_learn() -> Non
     def check(*_: object) -> None:
         seen.append(bool((student[0].weight[~mask] == 0).all()))
 
-    distill(student, ready.model, ready, Schedule(epochs=3), masks={"0.weight": mask}, on_step=check)
+    objective = Distillation(ready, ready.model)
+    distill(student, objective, ready, Schedule(epochs=3), masks={"0.weight": mask}, on_step=check)
     assert len(seen) > 2
     assert all(seen)
     assert bool((student[0].weight[mask] != before[mask]).all())
     free = net()
-    distill(free, ready.model, ready, Schedule(epochs=3))
+    distill(free, objective, ready, Schedule(epochs=3))
     assert bool((free[0].weight != 0).all())

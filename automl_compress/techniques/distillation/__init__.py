@@ -1,0 +1,1 @@
+"""Knowledge distillation: what a student is to learn from its teacher."""

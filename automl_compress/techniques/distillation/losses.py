@@ -1,0 +1,95 @@
+"""Which losses a student is trained for, by name: `soft`, `soft+dist`, `dkd+task=0.5`.
+
+Names are joined by `+`. A loss without a number gets its weight automatically, as `distillation.balance` says; with
+`=NUMBER` it has that weight. The task's own loss is always there, with 1 - soft_share, unless it is given a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from automl_compress.errors import InputError
+
+TASK = "task"
+SOFT = "soft"
+# Losses on the model's outputs, and what they are.
+LABEL_LOSSES = {
+    SOFT: "soft labels at a temperature (squared error where outputs are no class scores)",
+    "logit": "squared error of the logits",
+    "dkd": "decoupled: target class and other classes apart",
+    "dist": "relations: correlation of rows and of classes",
+}
+NAMES = {**LABEL_LOSSES, TASK: "the task's own loss (cross-entropy) alone"}
+DEFAULT = SOFT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Which losses are added up, and how they are weighed.
+
+    weights      loss -> its weight; None: automatic
+    temperature  softens teacher and student alike
+    soft_share   weight of what is learned from the teacher's outputs; the rest goes to the task's own loss
+    target, others   weights of the two parts of the decoupled loss (alpha and beta of Zhao et al.)
+
+    Raises InputError for a name that isn't known and for a number out of range.
+    """
+
+    weights: Mapping[str, float | None] = field(default_factory=lambda: {DEFAULT: None})
+    temperature: float = 6.0
+    soft_share: float = 0.9
+    target: float = 1.0
+    others: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise InputError(f"distillation needs at least one loss of: {', '.join(NAMES)}")
+        for name, weight in self.weights.items():
+            if name not in NAMES:
+                raise InputError(f"unknown distillation loss {name!r}; there are: {', '.join(NAMES)}")
+            if weight is not None and not 0 <= weight < math.inf:
+                raise InputError(f"the weight of distillation loss {name} must be 0 or more, found {weight:g}")
+        if all(weight == 0 for weight in self.weights.values()):
+            raise InputError(f"distillation {str(self)!r}: all weights are 0; give one loss a weight above 0")
+        if not self.temperature > 0:
+            raise InputError(f"the temperature of distillation must be above 0, found {self.temperature:g}")
+        if not 0 <= self.soft_share <= 1:
+            raise InputError(f"the teacher's share of the loss must be from 0 to 1, found {self.soft_share:g}")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Those on the teacher's outputs that count."""
+        return tuple(name for name, weight in self.weights.items() if name in LABEL_LOSSES and weight != 0)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(name != TASK and weight != 0 for name, weight in self.weights.items())
+
+    @property
+    def task_weight(self) -> float:
+        """Of the task's own loss."""
+        given = self.weights.get(TASK)
+        if given is not None:
+            return given
+        return 1 - self.soft_share if self.needs_teacher else 1.0
+
+    def __str__(self) -> str:
+        return "+".join(name if weight is None else f"{name}={weight:g}" for name, weight in self.weights.items())
+
+
+def parse_losses(text: str) -> Losses:
+    """`soft`, `soft+dist`, `soft=0.7+task=0.3`. Raises InputError."""
+    weights: dict[str, float | None] = {}
+    for part in text.split("+"):
+        name, equals, number = (word.strip() for word in part.partition("="))
+        if name in weights:
+            raise InputError(f"distillation {text!r}: {name} is there twice")
+        try:
+            weights[name] = float(number) if equals else None
+        except ValueError as error:
+            raise InputError(
+                f"distillation {text!r}: {name} must have a number as its weight, found {number!r}"
+            ) from error
+    return Losses(weights=weights)

@@ -1,0 +1,141 @@
+"""The objective of a student that learns from a teacher: the named losses of a batch, weighed and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from automl_compress.errors import TaskError, TrainingError
+from automl_compress.model.task import Batch, Inputs, Task
+from automl_compress.techniques.distillation.balance import Balance
+from automl_compress.techniques.distillation.labels import decoupled, logits, relations, soft_labels
+from automl_compress.techniques.distillation.losses import SOFT, TASK, Losses
+from automl_compress.techniques.distillation.outputs import (
+    ClassRows,
+    class_dim,
+    class_rows,
+    named_tensors,
+    require_match,
+    squared_error,
+)
+from automl_compress.techniques.objective import Loss
+
+
+class Distillation:
+    """An `Objective`: what a student is to learn from `teacher` (eval mode, frozen) and from the task's targets.
+
+    Outputs are compared one by one: class scores by the named losses, anything else by its squared error. Class scores
+    are the outputs of a task with the default loss and metric, and those that fit targets which are class numbers: the
+    only output, or one with `logits` in its name. Outputs of student and teacher must have the same names and shapes.
+
+    Calling it raises TrainingError where they don't match, and TaskError for a loss that is no scalar or labels that
+    are out of range.
+    """
+
+    def __init__(self, task: Task, teacher: nn.Module, losses: Losses | None = None) -> None:
+        self.task, self.losses = task, losses or Losses()
+        self.teacher = teacher.eval()
+        automatic = [name for name, weight in self.losses.weights.items() if weight is None]
+        self._balance = Balance([name for name in automatic if name not in (SOFT, TASK)])
+        self._label_losses = _label_losses(self.losses)
+
+    def modules(self) -> nn.Module | None:
+        return self._balance if self._balance.names else None
+
+    def __call__(self, student: nn.Module, batch: Batch) -> Loss:
+        inputs, targets = batch
+        # The teacher first: what it takes is free again before the student's activations are kept.
+        teacher = self._teacher_outputs(inputs) if self.losses.needs_teacher else {}
+        outputs = student(*inputs)
+        compare = self._comparison(outputs, teacher, targets) if self.losses.labels else None
+        values: dict[str, Tensor] = {}
+        if self.losses.task_weight > 0:
+            values[TASK] = task_loss(self.task, outputs, targets)
+        if compare is not None:
+            values |= {name: compare(name) for name in self.losses.labels}
+            if self._balance.measuring and student.training and torch.is_grad_enabled():
+                unit = values[SOFT] if SOFT in values else compare(SOFT)
+                trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+                self._balance.measure(unit, values, trained)
+        weights = self.weights()
+        total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
+        return Loss(total=total, parts={name: value.detach() for name, value in values.items()})
+
+    def weights(self) -> dict[str, float]:
+        """Loss -> its weight as of now."""
+        share = self.losses.soft_share / max(1, sum(self.losses.weights[name] is None for name in self.losses.labels))
+        ratios = self._balance.ratios()
+        weights = {TASK: self.losses.task_weight}
+        for name in self.losses.labels:
+            given = self.losses.weights[name]
+            weights[name] = share * ratios.get(name, 1.0) if given is None else given
+        return weights
+
+    def _teacher_outputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return named_tensors(self.teacher(*inputs))
+
+    def _comparison(self, outputs: Any, teacher: Mapping[str, Tensor], targets: Tensor) -> Callable[[str], Tensor]:
+        """Loss name -> its mean over the model's outputs."""
+        student = named_tensors(outputs)
+        require_match(student, teacher)
+        dims = {
+            # Of several outputs, which the targets belong to can only be told by their names.
+            name: 1 if self.task.classifies else class_dim(value, targets)
+            for name, value in student.items()
+            if len(student) == 1 or "logits" in name
+        }
+        rows = {}
+        for name, dim in dims.items():
+            if dim is not None:
+                known = targets if targets.ndim == student[name].ndim - 1 else None
+                rows[name] = class_rows(student[name], teacher[name], known, dim)
+
+        def compare(loss: str) -> Tensor:
+            if not rows and loss not in (SOFT, "logit"):
+                name, value = next(iter(student.items()))
+                raise TrainingError(
+                    f"distillation loss {loss} needs class scores, and targets that are class numbers; {name} "
+                    f"{tuple(value.shape)} with targets {tuple(targets.shape)} is something else: use soft"
+                )
+            parts = [
+                self._label_losses[loss](rows[name]) if name in rows else squared_error(value, teacher[name])
+                for name, value in student.items()
+            ]
+            return torch.stack(parts).mean()
+
+        return compare
+
+
+def task_loss(task: Task, outputs: Any, targets: Tensor) -> Tensor:
+    """The task's own loss. Raises TaskError where it is no scalar, or a label is out of range."""
+    try:
+        loss = task.loss_of(outputs, targets)
+    except IndexError as error:  # cross-entropy on a class that the model doesn't have
+        raise TaskError(f"task: train labels are out of range: {error}") from error
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(f"the task's loss must return a scalar tensor, found {found}")
+    return loss
+
+
+def _label_losses(losses: Losses) -> dict[str, Callable[[ClassRows], Tensor]]:
+    t = losses.temperature
+
+    def soft(rows: ClassRows) -> Tensor:
+        return soft_labels(rows.student, rows.teacher, t)
+
+    def logit(rows: ClassRows) -> Tensor:
+        return logits(rows.student, rows.teacher)
+
+    def dist(rows: ClassRows) -> Tensor:
+        return relations(rows.student, rows.teacher, t)
+
+    def dkd(rows: ClassRows) -> Tensor:
+        assert rows.labels is not None
+        return decoupled(rows.student, rows.teacher, rows.labels, t, target=losses.target, others=losses.others)
+
+    return {SOFT: soft, "logit": logit, "dist": dist, "dkd": dkd}
