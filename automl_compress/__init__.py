@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from automl_compress.hardware.profile import DeviceProfile, load_profile
     from automl_compress.model.task import Task
     from automl_compress.progress import Progress
+    from automl_compress.search.overview import describe_space
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "Result",
     "Task",
     "compress",
+    "describe_space",
     "forecast",
     "load_profile",
     "profile",
@@ -52,6 +54,7 @@ _HOME = {
     "hardware.profile": ("DeviceProfile", "load_profile"),
     "model.task": ("Task",),
     "progress": ("Progress",),
+    "search.overview": ("describe_space",),
 }
 
 

@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from automl_compress.cli import devices, profile, search
+from automl_compress.cli import devices, profile, search, space
 from automl_compress.cli.action import Action, guarded
 from automl_compress.cli.output import PROG, fail
 
 GROUPS: tuple[tuple[str | None, typer.Typer], ...] = (
     (None, search.commands),
     (None, profile.commands),
+    (None, space.commands),
     ("devices", devices.commands),
 )
 

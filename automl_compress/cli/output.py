@@ -19,11 +19,13 @@ def print_result(text: str) -> None:
     print(text, flush=True)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Rows as left-aligned columns, numbers to the right."""
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, words: Sequence[str] = ()) -> str:
+    """Rows as left-aligned columns, numbers to the right, except in the columns named by `words`."""
     lines = [tuple(headers), *(tuple(map(str, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numeric = [all(_is_number(line[i]) for line in lines[1:]) for i in range(len(widths))]
+    numeric = [
+        header not in words and all(_is_number(line[i]) for line in lines[1:]) for i, header in enumerate(headers)
+    ]
     cells = ([c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in cells)
 

@@ -6,12 +6,13 @@ a finding of its own. What is slower in one combination but has its use in anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from automl_compress.core.budget import Cost, Provenance
 from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
+from automl_compress.search.offers import LeftOut
 from automl_compress.search.pricing import uniform_bits
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import AdditiveTable, LayerCost, Option, Shape, least_certain
@@ -53,7 +54,7 @@ def drop_dominated(
 
 def _drop_sparsities(space: SearchSpace, graph: Graph, table: AdditiveTable, metrics: Sequence[str]) -> SearchSpace:
     options = {d.name: d.options for d in space.decisions}
-    notes: list[tuple[str, str]] = []
+    left_out: list[LeftOut] = []
     for decision in space.decisions:
         if decision.kind != "sparsity":
             continue
@@ -68,14 +69,14 @@ def _drop_sparsities(space: SearchSpace, graph: Graph, table: AdditiveTable, met
                 left.append(option)
             else:
                 text = _group_text(space, graph, table, decision.target, counts[option], counts[better])
-                notes.append((decision.target, text))
+                left_out.append(LeftOut(decision=decision.name, option=option, reason=text))
         options[decision.name] = tuple(left)
-    return _with_options(space, options, notes)
+    return _with_options(space, options, left_out)
 
 
 def _drop_bits(space: SearchSpace, graph: Graph, table: AdditiveTable, predict: Callable[[Plan], Cost]) -> SearchSpace:
     options = {d.name: d.options for d in space.decisions}
-    notes: list[tuple[str, str]] = []
+    left_out: list[LeftOut] = []
     for decision in space.decisions:
         if decision.kind != "bits" or FULL_BITS not in decision.options:
             continue
@@ -85,12 +86,12 @@ def _drop_bits(space: SearchSpace, graph: Graph, table: AdditiveTable, predict: 
                 (Plan(), uniform_bits(space, bits)), layer.name, bits, predict
             ):
                 options[decision.name] = tuple(o for o in options[decision.name] if o != bits)
-                notes.append((layer.name, _bits_text(table, layer, bits)))
-    return _with_options(space, options, notes)
+                left_out.append(LeftOut(decision=decision.name, option=bits, reason=_bits_text(table, layer, bits)))
+    return _with_options(space, options, left_out)
 
 
 def _with_options(
-    space: SearchSpace, options: dict[str, tuple[Option, ...]], notes: Sequence[tuple[str, str]]
+    space: SearchSpace, options: dict[str, tuple[Option, ...]], left_out: Sequence[LeftOut]
 ) -> SearchSpace:
     """The space with other options; a decision with a single one is none."""
     decisions = tuple(replace(d, options=options[d.name]) for d in space.decisions)
@@ -98,11 +99,15 @@ def _with_options(
         space,
         decisions=tuple(d for d in decisions if len(d.options) > 1),
         fixed={**space.fixed, **{d.name: d.options[0] for d in decisions if len(d.options) == 1}},
-        notes=(*space.notes, *_together(notes)),
+        notes=(
+            *space.notes,
+            *(f"{line}: not offered" for line in _together((e.decision.partition(".")[2], e.reason) for e in left_out)),
+        ),
+        left_out=(*space.left_out, *left_out),
     )
 
 
-def _together(notes: Sequence[tuple[str, str]]) -> list[str]:
+def _together(notes: Iterable[tuple[str, str]]) -> list[str]:
     """'conv1, conv2: text' for what holds of several; equal layers share their measurements."""
     names: dict[str, list[str]] = {}
     for name, text in notes:
@@ -158,7 +163,7 @@ def _staircases(space: SearchSpace, graph: Graph, table: AdditiveTable) -> list[
 
 
 def _group_text(space: SearchSpace, graph: Graph, table: AdditiveTable, group: str, fewer: int, more: int) -> str:
-    """'12 channels are not faster here than 16 (8 bits: 43.1 us against 28.5; from measured kernels): not offered'.
+    """'12 channels are not faster here than 16 (8 bits: 43.1 us against 28.5; from measured kernels)'.
 
     The figures are those of all layers on the group at one bit-width, their other groups whole.
     """
@@ -176,7 +181,7 @@ def _group_text(space: SearchSpace, graph: Graph, table: AdditiveTable, group: s
             sums.append(sum(table.cost(name, shape).latency_us for name, shape in own))
         parts.append(f"{bits} bits: {sums[0]:.1f} us against {sums[1]:.1f}")
     how = _SOURCES[least_certain(table.known(name, shape) for name, shape in shapes)]
-    return f"{fewer} channels are not faster here than {more} ({'; '.join(parts)}; {how}): not offered"
+    return f"{fewer} channels are not faster here than {more} ({'; '.join(parts)}; {how})"
 
 
 def _bits_text(table: AdditiveTable, layer: Layer, bits: int) -> str:
@@ -184,7 +189,7 @@ def _bits_text(table: AdditiveTable, layer: Layer, bits: int) -> str:
     slow, fast = (table.cost(layer.name, shape).latency_us for shape in shapes)
     return (
         f"{bits}{_SLOWER_BITS} than {FULL_BITS} at every width ({slow:.1f} us against {fast:.1f} with all channels; "
-        f"{_source(table, layer.name, shapes)}): not offered"
+        f"{_source(table, layer.name, shapes)})"
     )
 
 

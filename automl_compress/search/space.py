@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from automl_compress.core.graph import Graph, Layer
-from automl_compress.core.masks import NO_MASK, mask_problem
+from automl_compress.core.graph import Graph
+from automl_compress.core.masks import NO_MASK
 from automl_compress.core.plan import FULL_BITS, Plan
-from automl_compress.errors import PlanError, SpaceError
-from automl_compress.search.rules import Importance, Rule, SpaceFile, Target, check_unused, load_space, targets_of
+from automl_compress.errors import PlanError
+from automl_compress.search.offers import LeftOut, left_out_notes, offer, offered_bits
+from automl_compress.search.rules import Importance, SpaceFile, check_unused, load_space, targets_of
 from automl_compress.search.table import Option
-from automl_compress.techniques.quantization.formats import BITS, Executions
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution
@@ -55,6 +55,8 @@ class SearchSpace:
     fixed       decision name -> the only option, for choices that have one
     importance  the criterion that says which channels are kept
     notes       what the rules offered and why it isn't offered here, one line each
+    left_out    the same option by option
+    decided_by  decision name -> number of the rule that decides about it, from 1
     """
 
     name: str
@@ -62,6 +64,8 @@ class SearchSpace:
     decisions: tuple[Decision, ...]
     fixed: Mapping[str, Option] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    decided_by: Mapping[str, int] = field(default_factory=dict)
     graph: Graph = field(repr=False)
 
     @cached_property
@@ -174,24 +178,6 @@ class SearchSpace:
         return {d.name: CategoricalDistribution(d.options) for d in self.decisions}
 
 
-def offered_bits(
-    executions: Executions, *, size_limited: bool
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """(kind of layer -> bit-widths to offer, kind -> those held back), given how a device runs them.
-
-    Bit-widths that make the file smaller and nothing faster (emulated, storage) are held back unless size is limited.
-    """
-    offered: dict[str, tuple[int, ...]] = {}
-    held: dict[str, tuple[int, ...]] = {}
-    for kind in ("conv", "linear"):
-        known = {b: e for (k, b), e in executions.items() if k == kind and b in BITS and b != FULL_BITS}
-        usable = {b for b, e in known.items() if not (kind == "conv" and e == "weight-only")}
-        faster = {b for b in usable if size_limited or known[b] in ("native", "weight-only")}
-        offered[kind] = tuple(sorted({*faster, FULL_BITS}))
-        held[kind] = tuple(sorted(usable - faster))
-    return offered, held
-
-
 def resolve(
     space: SpaceFile,
     graph: Graph,
@@ -207,42 +193,26 @@ def resolve(
     held = held_back or {}
     targets = targets_of(graph)
     chosen: dict[str, tuple[Option, ...]] = {}
-    used: set[int] = set()
-    missing: dict[tuple[str, int], int] = {}
-    unmasked: list[str] = []
+    decided_by: dict[str, int] = {}
+    left_out: list[LeftOut] = []
     for target, what in [(each, what) for each in targets for what in _KINDS[each.kind]]:
         # The first rule that says something about this decides; another may decide about the layer's other choice.
         fits = (i for i, rule in enumerate(space.rules) if what in rule.gives and rule.matches(target))
         index = next(fits, None)
         if index is None:
             continue
-        used.add(index)
-        rule = space.rules[index]
+        found = offer(space.rules[index], what, target, graph, bit_widths, held)
         name = f"{what}.{target.name}"
-        if what == "sparsity":
-            chosen[name] = _sparsities(rule, target.channels)
-        elif what == "drop":
-            chosen[name] = {"always": (True,), "true": (False, True), "false": (False,)}[str(rule.drop).lower()]
-        elif what == "mask":
-            chosen[name] = _masks(rule, graph.layer[target.name], unmasked)
-        else:
-            kind = target.operator
-            chosen[name] = _bits(rule, target, bit_widths.get(kind, (FULL_BITS,)), held.get(kind, ()), missing)
-    check_unused(space, used, targets)
+        chosen[name], decided_by[name] = found.options, index + 1
+        left_out += found.left_out
+    check_unused(space, {number - 1 for number in decided_by.values()}, targets)
     widths = tuple(space.widths) if graph.groups else (1.0,)
     chosen = {"width": widths, **chosen}
-    notes = [
-        f"{count} {kind} layer{'s' if count > 1 else ''}: {bits} bits not offered, "
-        + (
-            "they make the file smaller but nothing faster here, and size is not limited"
-            if bits in held.get(kind, ())
-            else f"the device has {', '.join(map(str, bit_widths.get(kind, (FULL_BITS,))))}"
-        )
-        for (kind, bits), count in sorted(missing.items())
-    ]
-    notes += unmasked
+    notes = left_out_notes(left_out, graph)
     if len(space.widths) > 1 and not graph.groups:
-        notes.append("width: not offered, the network has no channel group that can be narrowed")
+        reason = "the network has no channel group that can be narrowed"
+        notes.append(f"width: not offered, {reason}")
+        left_out += [LeftOut(decision="width", option=width, reason=reason) for width in space.widths[1:]]
     return SearchSpace(
         name=space.name,
         importance=space.importance,
@@ -253,57 +223,10 @@ def resolve(
         ),
         fixed={name: options[0] for name, options in chosen.items() if len(options) == 1},
         notes=tuple(notes),
+        left_out=tuple(left_out),
+        decided_by=decided_by,
         graph=graph,
     )
-
-
-def _sparsities(rule: Rule, size: int) -> tuple[Option, ...]:
-    """Ascending; of those that leave equally many channels the lowest."""
-    assert rule.sparsity is not None
-    if not isinstance(rule.sparsity, list):
-        return (rule.sparsity,)
-    kept: dict[int, float] = {}
-    for option in sorted({0.0, *rule.sparsity}):
-        kept.setdefault(_kept(size, option), option)
-    return tuple(kept.values())
-
-
-def _bits(
-    rule: Rule, target: Target, offered: tuple[int, ...], held: tuple[int, ...], missing: dict[tuple[str, int], int]
-) -> tuple[Option, ...]:
-    assert rule.bits is not None
-    if not isinstance(rule.bits, list):
-        if rule.bits not in (*offered, *held, FULL_BITS):
-            raise SpaceError(
-                f"rule {rule.text}: {target.name} can't be fixed to {rule.bits} bits, the device has for "
-                f"{target.operator} {', '.join(map(str, sorted({*offered, *held})))}; write a list to offer bits where "
-                f"they run"
-            )
-        return (rule.bits,)
-    wanted = sorted({FULL_BITS, *rule.bits}, reverse=True)
-    for bits in wanted:
-        if bits not in (*offered, FULL_BITS):
-            missing[target.operator, bits] = missing.get((target.operator, bits), 0) + 1
-    return tuple(bits for bits in wanted if bits in (*offered, FULL_BITS))
-
-
-def _masks(rule: Rule, layer: Layer, unmasked: list[str]) -> tuple[Option, ...]:
-    """'none' first, the others as they were written; one that the layer's shape rules out is noted, a fixed one is an
-    error."""
-    assert rule.mask is not None
-    if not isinstance(rule.mask, list):
-        problem = mask_problem(rule.mask, layer)
-        if problem is not None:
-            raise SpaceError(problem)
-        return (rule.mask,)
-    wanted = dict.fromkeys((NO_MASK, *rule.mask))
-    problems = {text: mask_problem(text, layer) for text in wanted}
-    unmasked += [f"mask not offered: {problem.partition(';')[0]}" for problem in problems.values() if problem]
-    return tuple(text for text in wanted if problems[text] is None)
-
-
-def _kept(size: int, sparsity: Option) -> int:
-    return Plan(sparsity={"": float(sparsity)}).kept_count("", size)
 
 
 def _kind(name: str) -> Kind:
