@@ -209,7 +209,7 @@ def memory(folder: Path, quick: bool) -> Figures:
 
 def peak_of(path: Path) -> float:
     """In a process of its own: the peak while calibrating, over what is allowed."""
-    from automl_compress.hardware.probe import peak_bytes
+    from automl_compress.hardware.weighing import peak_bytes
     from automl_compress.techniques.quantization.calibrate import activation_tensors, observe
 
     warm = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))

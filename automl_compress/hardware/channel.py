@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 from automl_compress.errors import DeviceError
 from automl_compress.hardware.wire import read_message, write_message
 
-MODULES = ("conditions", "machine", "probe", "serve", "wire")
+MODULES = ("bursts", "conditions", "machine", "probe", "serve", "sessions", "system_files", "weighing", "wire")
 OLDEST_PYTHON = (3, 9)
 # Runs in whatever Python is called; older ones must understand it well enough to say that they are too old. No line
 # breaks and no single quotes: it has to pass through shells.

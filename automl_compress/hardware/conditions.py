@@ -11,6 +11,8 @@ import os
 import time
 from typing import Any
 
+from .system_files import read_number, read_text
+
 _CPU = "/sys/devices/system/cpu/cpu{}"
 
 
@@ -70,11 +72,11 @@ def snapshot(cores: list[int]) -> dict[str, Any]:
         "clock": time.perf_counter(),
         "own_seconds": times.user + times.system + times.children_user + times.children_system,
         "switches": _switches(),
-        **parse_loadavg(_read("/proc/loadavg")),
-        **parse_stat(_read("/proc/stat"), cores),
+        **parse_loadavg(read_text("/proc/loadavg")),
+        **parse_stat(read_text("/proc/stat"), cores),
         **_clocks(cores),
     }
-    throttles = [_number(f"{_CPU.format(core)}/thermal_throttle/core_throttle_count") for core in cores]
+    throttles = [read_number(f"{_CPU.format(core)}/thermal_throttle/core_throttle_count") for core in cores]
     optional = {
         "thermal_throttles": sum(t for t in throttles if t is not None)
         if any(t is not None for t in throttles)
@@ -133,11 +135,11 @@ def pin(threads: int) -> None:
 
 def core_khz(core: int) -> int:
     """The highest clock of a core, where the system tells; processors with cores of two kinds differ in it."""
-    return _number(f"{_CPU.format(core)}/cpufreq/cpuinfo_max_freq") or 0
+    return read_number(f"{_CPU.format(core)}/cpufreq/cpuinfo_max_freq") or 0
 
 
 def _clocks(cores: list[int]) -> dict[str, int]:
-    now = [_number(f"{_CPU.format(core)}/cpufreq/scaling_cur_freq") for core in cores]
+    now = [read_number(f"{_CPU.format(core)}/cpufreq/scaling_cur_freq") for core in cores]
     known = [khz for khz in now if khz]
     found = {"khz": sum(known) // len(known)} if known else {}
     highest = max((core_khz(core) for core in cores), default=0)
@@ -154,33 +156,18 @@ def _switches() -> int:
 
 def _cgroup_stat() -> str:
     """The cpu.stat of this process's control group, of either version."""
-    for line in _read("/proc/self/cgroup").splitlines():
+    for line in read_text("/proc/self/cgroup").splitlines():
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         roots = ["/sys/fs/cgroup"] if number == "0" else ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"]
         if number == "0" or "cpu" in controllers.split(","):
             for root in roots:
                 # In a container the group's own path may not be visible; its root then stands for it.
-                text = _read(f"{root}{path.rstrip('/')}/cpu.stat") or _read(f"{root}/cpu.stat")
+                text = read_text(f"{root}{path.rstrip('/')}/cpu.stat") or read_text(f"{root}/cpu.stat")
                 if "throttled" in text:
                     return text
     return ""
 
 
 def _temperatures() -> list[float]:
-    found = [_number(path) for path in glob.glob("/sys/class/thermal/thermal_zone*/temp")]
+    found = [read_number(path) for path in glob.glob("/sys/class/thermal/thermal_zone*/temp")]
     return [value / 1000 for value in found if value and value > 0]
-
-
-def _number(path: str) -> int | None:
-    try:
-        return int(_read(path))
-    except ValueError:
-        return None
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

@@ -149,7 +149,7 @@ class Device:
         return max(0, min(self._peak(model) for _ in range(2)) - self._empty_bytes)
 
     def savings(self, model: Path) -> tuple[dict[str, int], dict[str, Timing]]:
-        """Way of running a model (see `probe.savings`) -> peak memory in bytes, and latency where it has its own."""
+        """Way of running a model (see `weighing.savings`) -> peak memory in bytes, and latency where it has its own."""
         with self.saved(empty_model()) as empty:
             paths = {"model": str(Path(model).absolute()), "empty": str(empty)}
             fields = ("peak_bytes", "empty_bytes", "bursts_us", "runs")

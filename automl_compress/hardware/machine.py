@@ -13,6 +13,8 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from .system_files import read_text
+
 # fmt: off
 # Only what inference kernels are chosen by; the full list differs between kernels of the same machine.
 KERNEL_FLAGS = frozenset({
@@ -26,7 +28,7 @@ RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxrunti
 
 def machine_facts() -> dict[str, Any]:
     """Architecture, cpu, flags, cores (logical), memory_bytes (None: unknown), system, and onnxruntime's version."""
-    cpuinfo = _read("/proc/cpuinfo")
+    cpuinfo = read_text("/proc/cpuinfo")
     return {
         "architecture": platform.machine() or "unknown",
         "cpu": cpu_name(cpuinfo),
@@ -89,14 +91,6 @@ def parse_cpuinfo(text: str) -> dict[str, str]:
         if colon:
             fields.setdefault(key.strip(), value.strip())
     return fields
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 def _sysctl(name: str) -> str:

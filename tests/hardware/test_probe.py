@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from automl_compress.errors import DeviceError
+from automl_compress.hardware.bursts import executed_nodes
 from automl_compress.hardware.channel import BOOTSTRAP, LOADER, ProcessChannel, hold, program
 from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.host import host_facts
 from automl_compress.hardware.measure import measure_variants
-from automl_compress.hardware.probe import executed_nodes
 from automl_compress.hardware.profile import load_profile
 from tests.hardware.simulated import chain
 from tests.hardware.test_kernels import residual

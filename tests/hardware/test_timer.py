@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from automl_compress.core.result import Timing
 from automl_compress.errors import DeviceError
-from automl_compress.hardware import probe, timer
+from automl_compress.hardware import bursts, timer
 
 durations = st.lists(st.floats(min_value=0.1, max_value=1e6), min_size=1, max_size=40)
 
@@ -65,12 +65,12 @@ def test_a_burst_counts_only_the_runs_after_the_discarded_ones() -> None:
     def run() -> None:
         now[0] += next(run_s)
 
-    assert probe.burst_us(run, runs=6, discard=0.34, clock=lambda: now[0]) == pytest.approx(1000)
+    assert bursts.burst_us(run, runs=6, discard=0.34, clock=lambda: now[0]) == pytest.approx(1000)
 
 
 @given(st.floats(min_value=1e-9, max_value=1e4))
 def test_bursts_are_as_long_as_the_protocol_says_unless_a_model_is_slow(one_run_s: float) -> None:
-    length = probe.burst_length(one_run_s, {"burst_seconds": 1.0, "burst_runs": 30})
-    assert probe.SMALLEST_BURST <= length <= 30
+    length = bursts.burst_length(one_run_s, {"burst_seconds": 1.0, "burst_runs": 30})
+    assert bursts.SMALLEST_BURST <= length <= 30
     if one_run_s < 1 / 30:
         assert length == 30

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 
 from automl_compress.hardware.kernels import structure_digest
-from automl_compress.hardware.probe import random_inputs
+from automl_compress.hardware.sessions import random_inputs
 from automl_compress.search.standard import KINDS, standard_models
 
 
