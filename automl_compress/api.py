@@ -32,6 +32,7 @@ from automl_compress.search.profiling import Profiled, profile_kernels, profile_
 from automl_compress.search.settings import Settings, effective_config, reproduce
 from automl_compress.search.standard import standard_models
 from automl_compress.search.study import trial_counts
+from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 
 DEFAULT_TRIALS = 100
 DEFAULT_EPOCHS = 3.0
@@ -53,6 +54,7 @@ def compress(
     timeout: float | None = None,
     seed: int = 0,
     sampler: str = "budget",
+    distillation: str = DEFAULT,
     weights: str | Path | None = None,
     storage: str | None = None,
     output: str | Path | None = None,
@@ -66,6 +68,7 @@ def compress(
     profile   device profile by name or file; `space`: search space by name or file
     device    where to measure: this machine ('local'), or another one, 'ssh://[user@]host[:port]'
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
+    distillation   what candidates learn from the original, names joined by '+', as `distillation.losses` says
     timeout   seconds after which no further trial is begun; part of it is kept for distillation
     storage   an Optuna storage to share the study in; `work` joins it
     output    run folder (default runs/TASK-BUDGET); the same call with the same folder resumes
@@ -74,6 +77,7 @@ def compress(
     'infeasible'. Raises CompressError, with one line that says what to do.
     """
     limits = parse_budget(latency, size, memory)
+    parse_losses(distillation)
     progress = progress or SilentProgress()
     folder = Path(output) if output else _default_folder(task, limits)
     options = {
@@ -87,6 +91,7 @@ def compress(
         "timeout": timeout,
         "seed": seed,
         "sampler": sampler,
+        "distillation": distillation,
         "weights": str(weights) if weights else None,
         "storage": storage,
     }
@@ -236,7 +241,7 @@ def _run(campaign: Campaign, settings: Settings) -> Result:
     """Search, recover, verify; a miss corrects the cost model and the search goes on."""
     campaign.learn()
     trials, schedule = int(settings.options["trials"]), settings.schedule
-    recovery = Recovery(campaign.bench, campaign.folder)
+    recovery = Recovery(campaign.bench, campaign.folder, settings.losses)
     for attempt in range(_DELIVERIES):
         plans = finalists(campaign, trials + attempt, settings.left(_EXPLORE_SHARE))
         candidates = climb(campaign, plans, schedule, recovery)

@@ -63,7 +63,8 @@ def test_search_passes_every_option_on() -> None:
     line = (
         "search a/task.py:make --latency 40% --size 300KB --memory 2MB -o out --profile p --space s --trials 7 "
         "--device ssh://pi@board:2222 "
-        "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --weights w.pt --storage sqlite:///x.db --quiet"
+        "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --distillation soft+dist=2 "
+        "--weights w.pt --storage sqlite:///x.db --quiet"
     )
     assert main(line.split(), api=api) == 0
     [(name, args, options)] = api.calls
@@ -82,6 +83,7 @@ def test_search_passes_every_option_on() -> None:
         "timeout": 1800.0,
         "seed": 3,
         "sampler": "TPESampler",
+        "distillation": "soft+dist=2",
         "weights": Path("w.pt"),
         "storage": "sqlite:///x.db",
     }
@@ -100,6 +102,7 @@ def test_defaults() -> None:
         "space": "cnn",
         "seed": 0,
         "sampler": "budget",
+        "distillation": "soft",
     }
 
 
@@ -159,6 +162,7 @@ def test_bad_budgets_are_one_line_before_anything_begins(latency: str, capsys: p
         ("search t.py", "no budget given"),
         ("search t.py --latency 40% --timeout soon", "--timeout 'soon'"),
         ("worker t.py --latency 40%", "--storage"),
+        ("search t.py --latency 40% --distillation soft+sft", "'sft'; there are: soft, logit"),
         ("show", "Missing argument"),
         ("show /no/such/run", "no such run folder"),
     ],

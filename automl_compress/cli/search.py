@@ -15,6 +15,7 @@ from automl_compress.cli.output import display, fail, print_result, stdout_to_st
 from automl_compress.core.budget import parse_budget
 from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
+from automl_compress.techniques.distillation.losses import DEFAULT, NAMES, parse_losses
 
 EXIT_CODES = {"met": 0, "infeasible": 3, "estimated": 4, "interrupted": 130}
 
@@ -40,6 +41,9 @@ def _search(
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="'budget', or the name of an Optuna sampler.")
     ] = "budget",
+    distillation: Annotated[
+        str, typer.Option(metavar="LOSSES", help=f"What is learned, joined by +: {', '.join(NAMES)}.")
+    ] = DEFAULT,
     weights: Weights = None,
     storage: Annotated[str | None, typer.Option(metavar="URL", help="Optuna storage to share the study in.")] = None,
     as_json: Json = False,
@@ -50,6 +54,7 @@ def _search(
 
     def run(api: Any) -> int:
         parse_budget(latency, size, memory)
+        parse_losses(distillation)
         if worker and storage is None:
             raise InputError("worker: --storage is missing: name the storage of the search to join")
         options = {
@@ -64,6 +69,7 @@ def _search(
             "timeout": None if timeout is None else parse_seconds(timeout),
             "seed": seed,
             "sampler": sampler,
+            "distillation": distillation,
             "weights": weights,
             "storage": storage,
             "output": output,

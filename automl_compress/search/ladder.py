@@ -23,7 +23,7 @@ from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import ExportError, PlanError, RunFolderError
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distill import Schedule, Step, TrainingLog, distill
-from automl_compress.techniques.distillation.losses import Losses
+from automl_compress.techniques.distillation.losses import DEFAULT, Losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.files import PREFIX, from_tensors, to_tensors
@@ -154,6 +154,7 @@ class Recovery:
             "losses": list(losses),
             "seconds": seconds,
             "epochs": schedule.epochs,
+            "distillation": str(self._losses),
         }
         self._folder.write_json(f"{name}.json", record)  # last: its presence says that the others are complete
         return Candidate(
@@ -197,6 +198,8 @@ class Recovery:
     def _load(self, name: str, schedule: Schedule) -> Candidate | None:
         record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
         if record is None or record.get("epochs") != schedule.epochs:
+            return None
+        if schedule.epochs > 0 and record.get("distillation", DEFAULT) != str(self._losses):
             return None
         try:
             return Candidate(

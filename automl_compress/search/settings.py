@@ -13,6 +13,7 @@ from automl_compress import __version__
 from automl_compress.core.budget import Limit
 from automl_compress.search.campaign import Campaign
 from automl_compress.techniques.distill import Schedule
+from automl_compress.techniques.distillation.losses import Losses, parse_losses
 
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
@@ -37,6 +38,11 @@ class Settings:
     def schedule(self) -> Schedule:
         """The full distillation's."""
         return Schedule(epochs=float(self.options["epochs"]))
+
+    @property
+    def losses(self) -> Losses:
+        """What candidates are trained for."""
+        return parse_losses(self.options["distillation"])
 
 
 def effective_config(campaign: Campaign, settings: Settings) -> dict[str, Any]:

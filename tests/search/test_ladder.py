@@ -26,6 +26,7 @@ from automl_compress.search.ladder import (
     stored_quantization,
 )
 from automl_compress.techniques.distill import Schedule
+from automl_compress.techniques.distillation.losses import parse_losses
 from tests.search import campaigns
 
 PLAN = Plan(sparsity={"block.conv1": 0.5, "down": 0.5}, bits={"down": 8})
@@ -38,10 +39,12 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
         yield opened
 
 
-def recover(folder: RunFolder, plan: Plan = PLAN, schedule: Schedule = SCHEDULE) -> tuple[Candidate, int]:
+def recover(
+    folder: RunFolder, plan: Plan = PLAN, schedule: Schedule = SCHEDULE, losses: str = "soft"
+) -> tuple[Candidate, int]:
     """The candidate, and how many steps were trained for it."""
     steps: list[int] = []
-    recovery = Recovery(campaigns.bench(), folder)
+    recovery = Recovery(campaigns.bench(), folder, parse_losses(losses))
     return recovery.recover(plan, "full", schedule, lambda step, *_: steps.append(step)), len(steps)
 
 
@@ -69,10 +72,11 @@ def test_nothing_is_trained_twice_even_by_another_process(folder: RunFolder) -> 
     assert again == first
 
 
-def test_another_schedule_or_plan_is_trained(folder: RunFolder) -> None:
+def test_another_schedule_plan_or_loss_is_trained(folder: RunFolder) -> None:
     recover(folder)
     assert recover(folder, schedule=Schedule(epochs=0.5))[1] >= 2  # and those with rounding, as above
     assert recover(folder, Plan(drop=frozenset({"block"})))[1] >= 4
+    assert recover(folder, losses="task")[1] >= 4
 
 
 @pytest.mark.parametrize("gone", ["json", "cut short"])
