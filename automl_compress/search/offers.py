@@ -10,8 +10,9 @@ from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.masks import NO_MASK, mask_problem
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.errors import SpaceError
-from automl_compress.search.rules import Rule, Target
+from automl_compress.search.rules import Rule
 from automl_compress.search.table import Option
+from automl_compress.search.targets import Target
 from automl_compress.techniques.quantization.formats import BITS, Executions
 
 Widths = Mapping[str, tuple[int, ...]]

@@ -72,6 +72,7 @@ def _campaign_on(
     graph = trace(loaded.model, loaded.example_inputs)
     offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.limits)
     space = resolve(rules, graph, offered, held_back)
+    space.require_effect()
     identity = {
         "task": _digest(loaded),
         "graph": graph.fingerprint,

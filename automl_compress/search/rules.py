@@ -3,57 +3,68 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from automl_compress import data_files
-from automl_compress.core.graph import Graph
 from automl_compress.core.masks import NO_MASK, parse_mask
 from automl_compress.errors import PlanError, SpaceError
+from automl_compress.search.space_yaml import Document, complaint, read_document
+from automl_compress.search.targets import Comparison, Operator, Target, TargetKind, known
+from automl_compress.techniques.quantization.formats import BITS
 
-TargetKind = Literal["channel-group", "block", "layer"]
-Operator = Literal["conv", "linear"]
 Importance = Literal["l1", "l2", "batch-norm", "taylor", "fisher", "obs", "random"]
 _GIVES = {"channel-group": ("sparsity",), "block": ("drop",), "layer": ("bits", "mask")}
+_SIZES = ("channels", "parameters", "macs")
 _SEXAGESIMAL = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Something that a rule can match. `channels`: a group's size, a layer's output channels; 0 for a block."""
-
-    kind: TargetKind
-    name: str
-    channels: int = 0
-    operators: tuple[str, ...] = ()
-
-    @property
-    def operator(self) -> str:
-        return self.operators[0]
+_KERNEL = re.compile(r"\d+(?:x\d+){0,2}")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Sparsity = Annotated[float, Field(ge=0, lt=1)]
-Width = Annotated[float, Field(gt=0, le=1)]
-Bits = Annotated[int, Field(ge=1, le=32)]
+def _options(check: Callable[[Any], Any], what: str) -> BeforeValidator:
+    """One value, or a list of at least one, each of which `check` accepts; it raises ValueError for any other."""
+
+    def options(given: Any) -> Any:
+        if isinstance(given, list) and not given:
+            raise ValueError(f"{what}: the list is empty and offers nothing; give options, or remove the line")
+        if isinstance(given, dict | list) and any(isinstance(v, dict | list) for v in given):
+            raise ValueError(f"{what} must be a value or a list of values, found {str(given)[:80]!r}")
+        return [check(value) for value in given] if isinstance(given, list) else check(given)
+
+    return BeforeValidator(options)
 
 
-def _mask(value: object) -> object:
+def _number(what: str, good: Callable[[float], bool], wanted: str) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
+            raise ValueError(f"{what} must be {wanted}, found {value!r}")
+        return float(value)
+
+    return check
+
+
+def _bits(value: Any) -> int:
+    if isinstance(value, bool) or value not in BITS:
+        raise ValueError(f"bits must be of {', '.join(map(str, BITS))}, found {value!r}")
+    return int(value)
+
+
+def _mask(value: Any) -> str:
     """A mask as text. YAML reads an unquoted 2:4 as a number of minutes."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= _SEXAGESIMAL:
         kept, of = divmod(value, _SEXAGESIMAL)
         raise ValueError(f"write '{kept}:{of}' in quotes: YAML reads it as the number {value}")
     text = f"{value:g}" if isinstance(value, float) else value
-    if isinstance(text, str) and text != NO_MASK:
+    if not isinstance(text, str):
+        raise ValueError(f"mask must be text such as none, 0.5 or '2:4', found {value!r}")
+    if text != NO_MASK:
         try:
             parse_mask(text)
         except PlanError as error:
@@ -61,17 +72,48 @@ def _mask(value: object) -> object:
     return text
 
 
-MaskText = Annotated[str, BeforeValidator(_mask)]
+def _drop(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "always":
+        raise ValueError(f"drop must be true (may go), false (stays) or always, found {value!r}")
+    return value
+
+
+def _comparison(value: Any) -> str:
+    Comparison.parse(value)
+    return str(value)
+
+
+def _kernel(value: Any) -> str:
+    """'3x3', or one number for all dimensions."""
+    if isinstance(value, bool) or not _KERNEL.fullmatch(str(value)):
+        raise ValueError(f"kernel must be a number or such as 3x3, found {value!r}")
+    return str(value)
+
+
+Sparsities = Annotated[
+    list[float] | float,
+    _options(_number("sparsity", lambda v: 0 <= v < 1, "a fraction from 0 to below 1"), "sparsity"),
+]
+StudentWidths = Annotated[
+    list[float] | float, _options(_number("width", lambda v: 0 < v <= 1, "a fraction above 0, at most 1"), "width")
+]
+BitWidths = Annotated[list[int] | int, _options(_bits, "bits")]
+Masks = Annotated[list[str] | str, _options(_mask, "mask")]
+Size = Annotated[str, BeforeValidator(_comparison)]
 
 
 class Match(_Strict):
-    """What a rule applies to: all that is given must hold. `name` is a shell pattern, `regex` fits the whole name."""
+    """What a rule applies to: all that is given must hold. `name` is a shell pattern, `regex` fits the whole name;
+    `channels`, `parameters` and `macs` are comparisons such as '>=64'."""
 
     kind: TargetKind
     name: str | None = None
     regex: str | None = None
     operator: Operator | None = None
-    min_channels: int | None = Field(default=None, ge=1)
+    kernel: Annotated[str, BeforeValidator(_kernel)] | None = None
+    channels: Size | None = None
+    parameters: Size | None = None
+    macs: Size | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Match:
@@ -82,19 +124,33 @@ class Match(_Strict):
                 re.compile(self.regex)
             except re.error as error:
                 raise ValueError(f"regex {self.regex!r} can't be read: {error}") from error
-        if self.min_channels is not None and self.kind == "block":
-            raise ValueError("a block has no number of channels: remove min_channels")
+        if self.channels is not None and self.kind == "block":
+            raise ValueError("a block has no number of channels: remove channels, or use parameters")
+        if self.kernel is not None and self.operator == "linear":
+            raise ValueError("a linear layer has no kernel: remove kernel or operator, nothing could match both")
         return self
+
+    def fits(self, target: Target) -> bool:
+        """Whether everything that is given holds for the target."""
+        sizes = {what: getattr(self, what) for what in _SIZES}
+        return (
+            target.kind == self.kind
+            and (self.name is None or fnmatchcase(target.name, self.name))
+            and (self.regex is None or re.fullmatch(self.regex, target.name) is not None)
+            and (self.operator is None or target.runs(self.operator))
+            and (self.kernel is None or target.has_kernel([int(side) for side in self.kernel.split("x")]))
+            and all(Comparison.parse(text)(target.figure(what)) for what, text in sizes.items() if text is not None)
+        )
 
 
 class Rule(_Strict):
     """What is offered where. `optional` (presets only) lets a rule match nothing."""
 
     match: Match
-    sparsity: list[Sparsity] | Sparsity | None = None
-    drop: bool | Literal["always"] | None = None
-    bits: list[Bits] | Bits | None = None
-    mask: list[MaskText] | MaskText | None = None
+    sparsity: Sparsities | None = None
+    drop: Annotated[bool | Literal["always"], BeforeValidator(_drop)] | None = None
+    bits: BitWidths | None = None
+    mask: Masks | None = None
     optional: bool = False
 
     @model_validator(mode="after")
@@ -111,20 +167,16 @@ class Rule(_Strict):
         """What the rule decides about: 'sparsity', 'drop', 'bits', 'mask'."""
         return tuple(name for name in _GIVES[self.match.kind] if getattr(self, name) is not None)
 
-    def matches(self, target: Target) -> bool:
-        match = self.match
-        return (
-            target.kind == match.kind
-            and (match.name is None or fnmatchcase(target.name, match.name))
-            and (match.regex is None or re.fullmatch(match.regex, target.name) is not None)
-            and (match.operator is None or target.operators == (match.operator,))
-            and (match.min_channels is None or target.channels >= match.min_channels)
-        )
-
     @property
     def text(self) -> str:
         """The rule's conditions in one line."""
         return ", ".join(f"{k}: {v}" for k, v in self.match.model_dump(exclude_none=True).items())
+
+
+def _rules(given: Any) -> Any:
+    if isinstance(given, list | tuple) and not given:
+        raise ValueError("rules: the list is empty, so that nothing could be decided; add a rule, or use a preset")
+    return given
 
 
 class SpaceFile(_Strict):
@@ -133,8 +185,18 @@ class SpaceFile(_Strict):
     name: str
     description: str = ""
     importance: Importance = "l2"
-    width: list[Width] | Width = Field(default_factory=lambda: [1.0])
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    width: StudentWidths = Field(default_factory=lambda: [1.0])
+    rules: Annotated[tuple[Rule, ...], BeforeValidator(_rules)]
+    _lines: tuple[int, ...] = PrivateAttr(default=())
+
+    def set_lines(self, document: Document) -> None:
+        """Remember where each rule stands."""
+        self._lines = tuple(document.lines["rules", index] for index in range(len(self.rules)))
+
+    def named(self, index: int) -> str:
+        """A rule as errors call it: its number, its line where it was read from a file, its conditions."""
+        line = f"line {self._lines[index]}; " if index < len(self._lines) else ""
+        return f"rule {index + 1} ({line}{self.rules[index].text})"
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -154,65 +216,42 @@ def load_space(name_or_path: str | Path) -> SpaceFile:
     if not path.is_file():
         known = ", ".join(data_files.names("search_spaces")) or "none"
         raise SpaceError(f"no search space {str(name_or_path)!r}: give a file or one of the presets ({known})")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpaceError(f"search space {path} can't be read: {' '.join(str(error).split())}") from error
+    document = read_document(path)
+    data = document.data
     if not isinstance(data, dict):
         raise SpaceError(f"search space {path} must be a mapping with 'name' and 'rules', found {type(data).__name__}")
     try:
         space = SpaceFile.model_validate(data)
     except ValidationError as error:
-        raise SpaceError(f"search space {path}: {_first_problem(error)}") from error
-    if preset is None and any(rule.optional for rule in space.rules):
-        raise SpaceError(f"search space {path}: 'optional' is for presets; remove the rules that match nothing")
+        raise SpaceError(complaint(document, error, _FIELDS)) from error
+    space.set_lines(document)
+    optional = next((i for i, rule in enumerate(space.rules) if rule.optional), None)
+    if preset is None and optional is not None:
+        where = document.where(("rules", optional, "optional"))
+        raise SpaceError(f"{where}: 'optional' is for presets; remove it, and the rules that match nothing")
     return space
 
 
-def targets_of(graph: Graph) -> tuple[Target, ...]:
-    """Everything that a rule can match: channel groups, then blocks, then layers."""
-    groups = [
-        Target(kind="channel-group", name=g.name, channels=g.size, operators=_operators(graph, g.producers))
-        for g in graph.groups
-    ]
-    blocks = [
-        Target(kind="block", name=b.name, operators=_operators(graph, b.layers))
-        for b in graph.blocks
-        if b.ending == "zeros"
-    ]
-    layers = [
-        Target(kind="layer", name=layer.name, channels=layer.out_channels, operators=(layer.kind,))
-        for layer in graph.layers
-    ]
-    return (*groups, *blocks, *layers)
+_FIELDS = {"space": tuple(SpaceFile.model_fields), "rule": tuple(Rule.model_fields), "match": tuple(Match.model_fields)}
 
 
-def _operators(graph: Graph, layers: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({graph.layer[name].kind for name in layers}))
-
-
-def check_unused(space: SpaceFile, used: set[int], targets: tuple[Target, ...]) -> None:
-    """Raise SpaceError for the first rule that decided about nothing. `used` are the indices of those that did."""
+def check_unused(space: SpaceFile, used: set[int], targets: tuple[Target, ...], gone: set[str]) -> None:
+    """Raise SpaceError for the first rule that decided about nothing. `used` are the indices of those that did, `gone`
+    the names of what is always removed."""
     for index, rule in enumerate(space.rules):
         if index in used or rule.optional:
             continue
-        shadowed = [t for t in targets if rule.matches(t)]
-        if shadowed:
+        said = f"space {space.name}: {space.named(index)}"
+        matched = [target for target in targets if rule.match.fits(target)]
+        if not matched:
+            names = known(targets, rule.match.kind, rule.match.name)
+            raise SpaceError(f"{said} matches nothing; {names}")
+        left = [target for target in matched if target.name not in gone]
+        if not left:
             raise SpaceError(
-                f"space {space.name}: rule {index + 1} ({rule.text}) never decides: earlier rules match all of its "
-                f"targets ({shadowed[0].name}, ...); put it first or remove it"
+                f"{said} contradicts another rule: {matched[0].name} is in a block that always goes; remove one of them"
             )
-        names = [t.name for t in targets if t.kind == rule.match.kind]
-        some = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "none"
         raise SpaceError(
-            f"space {space.name}: rule {index + 1} ({rule.text}) matches nothing; "
-            f"the network's {rule.match.kind}s: {some}"
+            f"{said} never decides: earlier rules match all of its targets ({left[0].name}, ...); put it first or "
+            f"remove it"
         )
-
-
-def _first_problem(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    where = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"]) or "the file"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}, found {str(first['input'])[:80]!r}{more}"

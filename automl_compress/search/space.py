@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Literal
 from automl_compress.core.graph import Graph
 from automl_compress.core.masks import NO_MASK
 from automl_compress.core.plan import FULL_BITS, Plan
-from automl_compress.errors import PlanError
+from automl_compress.errors import PlanError, SpaceError
 from automl_compress.search.offers import LeftOut, left_out_notes, offer, offered_bits
-from automl_compress.search.rules import Importance, SpaceFile, check_unused, load_space, targets_of
+from automl_compress.search.rules import Importance, SpaceFile, check_unused, load_space
 from automl_compress.search.table import Option
+from automl_compress.search.targets import targets_of
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution
@@ -78,6 +79,14 @@ class SearchSpace:
         options = {d.name: list(d.options) for d in self.decisions}
         text = json.dumps([self.graph.fingerprint, self.importance, options, dict(self.fixed)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def require_effect(self) -> None:
+        """Raise SpaceError if the original is all that there is. A single other plan is worth delivering."""
+        if not self.decisions and self.identity(self.plan({})) == self.identity(Plan()):
+            reasons = "; ".join(self.notes) or "its rules and width leave everything as it is"
+            raise SpaceError(
+                f"space {self.name} offers nothing for this network ({reasons}): add rules, or use a preset such as cnn"
+            )
 
     def options(self, name: str) -> tuple[Option, ...]:
         """A decision's options, also where there is only one; empty if nothing decides about that."""
@@ -188,26 +197,40 @@ def resolve(
 
     Sparsities that leave the same number of channels are offered once. Bit-widths that the device doesn't have are not
     offered, nor are those of `held_back[kind]` (see `offered_bits`) unless a rule fixes them; both are noted. Raises
-    SpaceError for a rule that matches nothing, and for a fixed bit-width that the device doesn't have.
+    SpaceError for a rule that matches nothing or contradicts another, and for a fixed bit-width that the device doesn't
+    have.
     """
     held = held_back or {}
     targets = targets_of(graph)
+    blocks = [target for target in targets if target.kind == "block"]
     chosen: dict[str, tuple[Option, ...]] = {}
     decided_by: dict[str, int] = {}
     left_out: list[LeftOut] = []
-    for target, what in [(each, what) for each in targets for what in _KINDS[each.kind]]:
+    always: set[str] = set()
+    gone: set[str] = set()
+    for target, what in [(each, what) for each in (*blocks, *targets) for what in _KINDS[each.kind]]:
+        name = f"{what}.{target.name}"
         # The first rule that says something about this decides; another may decide about the layer's other choice.
-        fits = (i for i, rule in enumerate(space.rules) if what in rule.gives and rule.matches(target))
+        fits = (i for i, rule in enumerate(space.rules) if what in rule.gives and rule.match.fits(target))
         index = next(fits, None)
-        if index is None:
+        if index is None or name in chosen:
             continue
         found = offer(space.rules[index], what, target, graph, bit_widths, held)
-        name = f"{what}.{target.name}"
+        outer = sorted(always.intersection(target.blocks))
+        if outer:
+            gone.add(target.name)
+            reason = f"block {outer[0]} always goes"
+            left_out += [LeftOut(decision=name, option=option, reason=reason) for option in found.options[1:]]
+            continue
+        always |= {target.name} if found.options == (True,) else set()
         chosen[name], decided_by[name] = found.options, index + 1
         left_out += found.left_out
-    check_unused(space, {number - 1 for number in decided_by.values()}, targets)
+    check_unused(space, {number - 1 for number in decided_by.values()}, targets, gone)
+    _check_alternatives(space, graph, chosen, decided_by)
     widths = tuple(space.widths) if graph.groups else (1.0,)
-    chosen = {"width": widths, **chosen}
+    # Decisions in the network's order: groups, blocks, layers.
+    order = [f"{what}.{target.name}" for target in targets for what in _KINDS[target.kind]]
+    chosen = {"width": widths, **{name: chosen[name] for name in order if name in chosen}}
     notes = left_out_notes(left_out, graph)
     if len(space.widths) > 1 and not graph.groups:
         reason = "the network has no channel group that can be narrowed"
@@ -227,6 +250,19 @@ def resolve(
         decided_by=decided_by,
         graph=graph,
     )
+
+
+def _check_alternatives(
+    space: SpaceFile, graph: Graph, chosen: Mapping[str, tuple[Option, ...]], decided_by: Mapping[str, int]
+) -> None:
+    """Raise SpaceError where rules narrow the same channels in two ways, of which a plan has one."""
+    narrowed = [g.name for g in graph.groups if 0 not in chosen.get(f"sparsity.{g.name}", (0,))]
+    for name, other in [(one, two) for one in narrowed for two in narrowed if two in graph.alternatives[one]]:
+        rules = [space.named(decided_by[f"sparsity.{group}"] - 1) for group in (name, other)]
+        raise SpaceError(
+            f"space {space.name}: {rules[0]} and {rules[1]} contradict each other: {name} and {other} narrow the same "
+            f"channels in two ways, and a plan takes one; write a list instead of a single sparsity"
+        )
 
 
 def _kind(name: str) -> Kind:

@@ -37,7 +37,7 @@ def test_the_first_rule_that_matches_decides() -> None:
 def test_conditions_must_all_hold() -> None:
     space = made(
         residual(size=8, stem=4),
-        {"match": {"kind": "channel-group", "min_channels": 8, "regex": r"b\d\.conv1"}, "sparsity": [0.5]},
+        {"match": {"kind": "channel-group", "channels": ">=8", "regex": r"b\d\.conv1"}, "sparsity": [0.5]},
     )
     assert [d.name for d in space.decisions] == ["sparsity.b0.conv1", "sparsity.b1.conv1"]
 
@@ -141,26 +141,39 @@ def test_fingerprints_tell_spaces_apart() -> None:
     assert len({one.fingerprint, other.fingerprint, space_of(residual(blocks=1)).fingerprint}) == 3
 
 
-@pytest.mark.parametrize("name", ["cnn", "transformer", "prune-only", "quantize-only"])
+PRESETS = {
+    "cnn": {"width", "sparsity", "drop", "bits"},
+    "transformer": {"width", "sparsity", "drop", "bits"},
+    "prune-only": {"width", "sparsity", "drop"},
+    "quantize-only": {"bits"},
+    "distil-only": {"width", "drop"},
+    "size-first": {"width", "sparsity", "drop", "bits"},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("graph", [residual(), concatenated()])
 def test_the_presets_fit_any_network(name: str, graph: Graph) -> None:
     space = resolve(load_space(name), graph, NATIVE)
     assert name in data_files.names("search_spaces")
-    kinds = {d.kind for d in space.decisions}
-    assert ("bits" in kinds) == (name != "prune-only")
-    assert ("sparsity" in kinds) == (name != "quantize-only")
+    possible = PRESETS[name] - (set() if graph.blocks else {"drop"})
+    assert {d.kind for d in space.decisions} == possible
     assert space.plan({}).key == Plan().key
 
 
+def test_every_preset_is_tested() -> None:
+    assert set(data_files.names("search_spaces")) == set(PRESETS)
+
+
 BROKEN = {
-    "an unknown field": ({"name": "x", "rules": [{"match": {"kind": "layer"}, "bit": 8}]}, "rules.1.bit"),
+    "an unknown field": ({"name": "x", "rules": [{"match": {"kind": "layer"}, "bit": 8}]}, "did you mean 'bits'"),
     "nothing given": ({"name": "x", "rules": [{"match": {"kind": "layer"}}]}, "gives 'bits'"),
     "the wrong thing": ({"name": "x", "rules": [{"match": {"kind": "layer"}, "drop": True}]}, "gives 'bits'"),
     "no rules": ({"name": "x", "rules": []}, "rules"),
-    "a sparsity of one": ({"name": "x", "rules": [{"match": {"kind": "channel-group"}, "sparsity": [1]}]}, "less than"),
+    "a sparsity of one": ({"name": "x", "rules": [{"match": {"kind": "channel-group"}, "sparsity": [1]}]}, "below 1"),
     "a width of zero": ({"name": "x", "width": 0, "rules": [{"match": {"kind": "layer"}, "bits": 8}]}, "width"),
     "a bad regex": ({"name": "x", "rules": [{"match": {"kind": "layer", "regex": "("}, "bits": 8}]}, "can't be read"),
-    "channels": ({"name": "x", "rules": [{"match": {"kind": "block", "min_channels": 2}, "drop": True}]}, "no number"),
+    "channels": ({"name": "x", "rules": [{"match": {"kind": "block", "channels": 2}, "drop": True}]}, "no number"),
     "optional": ({"name": "x", "rules": [{"match": {"kind": "layer"}, "bits": 8, "optional": True}]}, "'optional'"),
     "a list": ([1, 2], "must be a mapping"),
 }  # fmt: skip
