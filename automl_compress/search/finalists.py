@@ -13,7 +13,8 @@ from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.ladder import SURVIVORS, Candidate, Recovery, short
 from automl_compress.search.seeds import MILP, UNIFORM
-from automl_compress.techniques.distill import Schedule
+from automl_compress.techniques.training.log import StepReport
+from automl_compress.techniques.training.settings import Training
 
 _CONFIRM = 8
 _ROUNDS = 4
@@ -73,7 +74,7 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
         campaign.tighten(predicted, measured)
 
 
-def climb(campaign: Campaign, plans: Sequence[Plan], schedule: Schedule, recovery: Recovery) -> list[Candidate]:
+def climb(campaign: Campaign, plans: Sequence[Plan], schedule: Training, recovery: Recovery) -> list[Candidate]:
     """Distil briefly, keep the best, distil fully: the finished candidates, best first."""
     survivors = list(plans[:SURVIVORS])
     if schedule.epochs > 0 and len(survivors) > 1:
@@ -83,14 +84,14 @@ def climb(campaign: Campaign, plans: Sequence[Plan], schedule: Schedule, recover
     return [recover(campaign, survivors[0], "full", schedule, recovery)]
 
 
-def recover(campaign: Campaign, plan: Plan, rung: str, schedule: Schedule, recovery: Recovery) -> Candidate:
+def recover(campaign: Campaign, plan: Plan, rung: str, schedule: Training, recovery: Recovery) -> Candidate:
     """One recovery with progress."""
     campaign.progress.stage(f"{rung} distillation", None)
 
-    def on_step(step: int, steps: int, loss: float, images_per_second: float) -> None:
-        if step == 1:
-            campaign.progress.stage(f"{rung} distillation", steps)
-        campaign.progress.advance(1, loss=round(loss, 4), images_per_second=round(images_per_second))
+    def on_step(report: StepReport) -> None:
+        if report.step == 1:
+            campaign.progress.stage(report.label, report.steps)
+        campaign.progress.advance(1, **report.facts())
 
     candidate = recovery.recover(plan, rung, schedule, on_step)
     cost = campaign.describe(replace(candidate.plan, kept={}))
@@ -98,7 +99,7 @@ def recover(campaign: Campaign, plan: Plan, rung: str, schedule: Schedule, recov
     return candidate
 
 
-def baselines(campaign: Campaign, schedule: Schedule, recovery: Recovery) -> dict[str, Candidate]:
+def baselines(campaign: Campaign, schedule: Training, recovery: Recovery) -> dict[str, Candidate]:
     """What the search has to beat, recovered like its own finalists: uniform quantization and the table's optimum."""
     plans = {name: plan for name, plan in campaign.seeds().items() if name.startswith(UNIFORM) or name == MILP}
     return {name: recover(campaign, plan, "full", schedule, recovery) for name, plan in plans.items()}

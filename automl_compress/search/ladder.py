@@ -22,7 +22,6 @@ from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import ExportError, PlanError, RunFolderError
 from automl_compress.search.evaluate import Workbench
-from automl_compress.techniques.distill import Schedule, Step, TrainingLog, distill
 from automl_compress.techniques.distillation.losses import DEFAULT, Losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.prune import apply_plan
@@ -30,6 +29,9 @@ from automl_compress.techniques.quantization.files import PREFIX, from_tensors, 
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.tune import Limits, Quantization
 from automl_compress.techniques.sparsify import held_masks
+from automl_compress.techniques.training.log import Curves, OnStep, TrainingLog
+from automl_compress.techniques.training.loop import train
+from automl_compress.techniques.training.settings import Resources, Training
 
 SHORT_SHARE = 1 / 6
 FULL = "full"
@@ -37,6 +39,9 @@ FULL = "full"
 ROUNDING_SHARE = 1 / 3
 ROUNDING_RATE = 1 / 4
 SURVIVORS = 4
+# Steps of a quantized value are finer than bfloat16, and the quantized graph is computed on the processor.
+PRECISE = Resources(device="cpu", precision="float32")
+NOTHING_TRAINED = TrainingLog(label="training with rounding", curves=Curves(every=1), images=0, seconds=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +103,7 @@ def plan_file(candidate: Candidate, bench: Workbench) -> dict[str, Any]:
     return {**candidate.plan.to_json(bench.graph), "ranges": ranges, "executions": executions}
 
 
-def short(schedule: Schedule) -> Schedule:
+def short(schedule: Training) -> Training:
     """The short rung's schedule: a sixth of the full one."""
     return replace(schedule, epochs=schedule.epochs * SHORT_SHARE)
 
@@ -109,7 +114,7 @@ class Recovery:
     def __init__(self, bench: Workbench, folder: RunFolder, losses: Losses | None = None) -> None:
         self._bench, self._folder, self._losses = bench, folder, losses or Losses()
 
-    def recover(self, plan: Plan, rung: str, schedule: Schedule, on_step: Step | None = None) -> Candidate:
+    def recover(self, plan: Plan, rung: str, schedule: Training, on_step: OnStep | None = None) -> Candidate:
         """The recovered model of a plan at a rung, from the run folder if it is there.
 
         Its metric is that of the ONNX model on all validation data. Should distillation make it worse than the one-shot
@@ -127,7 +132,16 @@ class Recovery:
         losses: tuple[float, ...] = ()
         if schedule.epochs > 0:
             masks = held_masks(model, bench.graph, full)
-            log = distill(model, self._objective(), bench.task, schedule, seed=bench.seed, masks=masks, on_step=on_step)
+            log = train(
+                model,
+                bench.task,
+                self._objective(),
+                schedule,
+                seed=bench.seed,
+                masks=masks,
+                on_step=on_step,
+                label=f"{rung} distillation",
+            )
             losses, seconds = log.losses, log.seconds
             better = bench.quantization(model, full, thorough=rung == FULL)
             trained = bench.export(model, full, better)
@@ -178,7 +192,7 @@ class Recovery:
         return self._bench.metric(self._bench.export(model, replace(plan, bits={})), "validation")
 
     def _with_rounding(
-        self, model: nn.Module, plan: Plan, found: Quantization, schedule: Schedule, on_step: Step | None
+        self, model: nn.Module, plan: Plan, found: Quantization, schedule: Training, on_step: OnStep | None
     ) -> tuple[Quantization, TrainingLog]:
         """The last part of distillation, with rounding and learned scales; nothing where the graph doesn't allow it."""
         bench = self._bench
@@ -186,16 +200,26 @@ class Recovery:
             student = bench.trainable(model, plan, found)
         except ExportError as error:
             note = f"no training with rounding: {error}"
-            return replace(found, notes=(*found.notes, note)), TrainingLog(losses=(), images=0, seconds=0.0)
+            return replace(found, notes=(*found.notes, note)), NOTHING_TRAINED
         rounding = replace(
             schedule, epochs=schedule.epochs * ROUNDING_SHARE, learning_rate=schedule.learning_rate * ROUNDING_RATE
         )
         masks = student.zeros(layer for layer, mask in plan.masks.items() if mask != NO_MASK)
-        log = distill(student, self._objective(), bench.task, rounding, seed=bench.seed, masks=masks, on_step=on_step)
+        log = train(
+            student,
+            bench.task,
+            self._objective(),
+            rounding,
+            seed=bench.seed,
+            masks=masks,
+            on_step=on_step,
+            resources=PRECISE,
+            label="training with rounding",
+        )
         note = f"scales and weights trained with rounding for {rounding.epochs:g} epochs"
         return replace(student.quantization(), notes=(*found.notes, note)), log
 
-    def _load(self, name: str, schedule: Schedule) -> Candidate | None:
+    def _load(self, name: str, schedule: Training) -> Candidate | None:
         record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
         if record is None or record.get("epochs") != schedule.epochs:
             return None

@@ -12,8 +12,8 @@ from typing import Any
 from automl_compress import __version__
 from automl_compress.core.budget import Limit
 from automl_compress.search.campaign import Campaign
-from automl_compress.techniques.distill import Schedule
 from automl_compress.techniques.distillation.losses import Losses, parse_losses
+from automl_compress.techniques.training.settings import Training
 
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
@@ -35,9 +35,9 @@ class Settings:
         return max(0.0, self.begun + (self.deadline - self.begun) * share - time.monotonic())
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Training:
         """The full distillation's."""
-        return Schedule(epochs=float(self.options["epochs"]))
+        return Training(epochs=float(self.options["epochs"]))
 
     @property
     def losses(self) -> Losses:

@@ -15,11 +15,11 @@ from automl_compress.errors import ExportError
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.deliver import Verified, final_metric, verify
 from automl_compress.search.ladder import Candidate, Recovery
-from automl_compress.techniques.distill import Schedule
+from automl_compress.techniques.training.settings import Training
 from tests.search.campaigns import campaign
 
 PLAN = Plan(sparsity={"block.conv1": 0.5}, bits={"down": 8, "block.conv1": 8})
-UNTRAINED = Schedule(epochs=0)
+UNTRAINED = Training(epochs=0)
 
 
 @pytest.fixture(scope="module")

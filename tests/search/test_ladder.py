@@ -25,12 +25,12 @@ from automl_compress.search.ladder import (
     short,
     stored_quantization,
 )
-from automl_compress.techniques.distill import Schedule
 from automl_compress.techniques.distillation.losses import parse_losses
+from automl_compress.techniques.training.settings import Training
 from tests.search import campaigns
 
 PLAN = Plan(sparsity={"block.conv1": 0.5, "down": 0.5}, bits={"down": 8})
-SCHEDULE = Schedule(epochs=1, learning_rate=0.02)
+SCHEDULE = Training(epochs=1, learning_rate=0.02)
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 
 
 def recover(
-    folder: RunFolder, plan: Plan = PLAN, schedule: Schedule = SCHEDULE, losses: str = "soft"
+    folder: RunFolder, plan: Plan = PLAN, schedule: Training = SCHEDULE, losses: str = "soft"
 ) -> tuple[Candidate, int]:
     """The candidate, and how many steps were trained for it."""
     steps: list[int] = []
     recovery = Recovery(campaigns.bench(), folder, parse_losses(losses))
-    return recovery.recover(plan, "full", schedule, lambda step, *_: steps.append(step)), len(steps)
+    return recovery.recover(plan, "full", schedule, lambda report: steps.append(report.step)), len(steps)
 
 
 def measured(path: Path) -> float:
@@ -74,7 +74,7 @@ def test_nothing_is_trained_twice_even_by_another_process(folder: RunFolder) -> 
 
 def test_another_schedule_plan_or_loss_is_trained(folder: RunFolder) -> None:
     recover(folder)
-    assert recover(folder, schedule=Schedule(epochs=0.5))[1] >= 2  # and those with rounding, as above
+    assert recover(folder, schedule=Training(epochs=0.5))[1] >= 2  # and those with rounding, as above
     assert recover(folder, Plan(drop=frozenset({"block"})))[1] >= 4
     assert recover(folder, losses="task")[1] >= 4
 
@@ -95,14 +95,14 @@ def test_what_a_kill_left_behind_is_made_again(folder: RunFolder, gone: str) -> 
 
 
 def test_without_epochs_the_repaired_model_is_delivered(folder: RunFolder) -> None:
-    candidate, steps = recover(folder, schedule=Schedule(epochs=0))
+    candidate, steps = recover(folder, schedule=Training(epochs=0))
     assert (steps, candidate.losses) == (0, ())
     assert candidate.metric == pytest.approx(measured(candidate.onnx), abs=1e-6)
 
 
 def test_training_that_makes_it_worse_is_undone(folder: RunFolder) -> None:
-    before, _ = recover(folder, schedule=Schedule(epochs=0))
-    spoilt, steps = recover(folder, schedule=Schedule(epochs=1, learning_rate=30.0))
+    before, _ = recover(folder, schedule=Training(epochs=0))
+    spoilt, steps = recover(folder, schedule=Training(epochs=1, learning_rate=30.0))
     assert steps == 4
     assert spoilt.metric == before.metric
     kept, repaired = load_file(spoilt.weights), load_file(before.weights)
@@ -117,7 +117,7 @@ def test_the_model_is_rebuilt_from_plan_and_weights(folder: RunFolder) -> None:
 
 
 def test_weights_of_another_plan_are_refused(folder: RunFolder, tmp_path: Path) -> None:
-    candidate, _ = recover(folder, schedule=Schedule(epochs=0))
+    candidate, _ = recover(folder, schedule=Training(epochs=0))
     with pytest.raises(PlanError, match="doesn't fit the plan"):
         rebuild(campaigns.bench(), Plan(), candidate.weights)
     broken = tmp_path / "broken.safetensors"

@@ -23,7 +23,7 @@ from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sensitivity import single
 from automl_compress.search.space import SearchSpace, resolve
 from automl_compress.search.widths import macs_table
-from automl_compress.techniques.distill import Schedule
+from automl_compress.techniques.training.settings import Training
 from tests.search import campaigns
 from tests.search.networks import NATIVE
 
@@ -50,7 +50,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
 
 @pytest.fixture(scope="module")
 def trained(learned: Campaign) -> Candidate:
-    return Recovery(learned.bench, learned.folder).recover(PLAN, "full", Schedule(epochs=1.0, learning_rate=0.05))
+    return Recovery(learned.bench, learned.folder).recover(PLAN, "full", Training(epochs=1.0, learning_rate=0.05))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from automl_compress.errors import TaskError, TrainingError
+from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Batch, Inputs, Task
 from automl_compress.techniques.distillation.balance import Balance
 from automl_compress.techniques.distillation.labels import decoupled, logits, relations, soft_labels
@@ -75,6 +76,8 @@ class Distillation:
         return weights
 
     def _teacher_outputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        if any(parameter.device != inputs[0].device for parameter in self.teacher.parameters()):
+            self.teacher = copy_model(self.teacher).to(inputs[0].device)  # the caller's own stays where it is
         with torch.no_grad():
             return named_tensors(self.teacher(*inputs))
 

@@ -1,0 +1,80 @@
+"""The optimizer, and which parameters decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from automl_compress.errors import TrainingError
+from automl_compress.techniques.training.settings import Training
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def make_optimizer(student: nn.Module, others: nn.Module | None, training: Training) -> torch.optim.Optimizer:
+    """SGD or AdamW over what requires gradients in the student and in `others` (what the objective trains itself).
+
+    Raises TrainingError where the student has nothing to train.
+    """
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise TrainingError(
+            "the model has no trainable parameter: every requires_grad is False; unfreeze some to recover "
+            "accuracy, or ask for --epochs 0"
+        )
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": training.weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    seen: set[int] = set()
+    for model in (student, others):
+        for parameter, decays in _decaying(model, training) if model is not None else ():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                groups[0 if decays else 1]["params"].append(parameter)
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(training.momentum, 0.999))
+    nesterov = training.momentum > 0
+    return torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum, nesterov=nesterov)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> None:
+    """Learning rate and momentum of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        elif group["momentum"]:
+            group["momentum"] = momentum
+
+
+class Held:
+    """Weights that masks keep at zero. `masks`: parameter name -> which of its weights train."""
+
+    def __init__(self, student: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        stored = dict(student.named_parameters(remove_duplicate=False))
+        self._pairs = [(stored[n], mask.to(stored[n].device, stored[n].dtype)) for n, mask in masks.items()]
+        self.weights()
+
+    def gradients(self) -> None:
+        """Take masked weights out of the gradients, so that they are no part of the norm that is clipped."""
+        for parameter, mask in self._pairs:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    def weights(self) -> None:
+        for parameter, mask in self._pairs:
+            parameter.data.mul_(mask)
+
+
+def _decaying(model: nn.Module, training: Training) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Each parameter, and whether weight decay applies to it."""
+    for module in model.modules():
+        exempt = isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
+        exempt = exempt or (isinstance(module, _EMBEDDINGS) and not training.decay_embeddings)
+        for name, parameter in module.named_parameters(recurse=False):
+            yield parameter, not exempt and parameter.ndim > 1 and not name.endswith("bias")
