@@ -1,0 +1,81 @@
+"""How good are the models that a search finds, by evaluations, against optima that are known, and when delivered?
+
+Parts: a quality by evaluations, b regret, c delivered models, d own costs, e budgets kept. Whatever is finished is
+kept below --cache, a line an item, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import search_evaluations
+import torch
+from search_laboratory import CACHE, Laboratory, open_laboratory
+
+from automl_compress.progress import Progress, make_progress
+
+Rows = list[dict[str, Any]]
+PARTS = {"a": "by_evaluations"}
+
+
+def main() -> None:
+    options = common.parser(__doc__.split("\n")[0], data=True, weights=True)
+    options.add_argument("--parts", default=",".join(PARTS), help=f"to run, of {','.join(PARTS)} (default: all)")
+    options.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help=f"what is kept (default: {CACHE})")
+    options.add_argument("--profile", default="local", help="device profile (default: local)")
+    options.add_argument("--methods", nargs="*", default=list(search_evaluations.METHODS), help="of part a")
+    options.add_argument("--budgets", nargs="*", type=float, default=list(search_evaluations.SHARES), metavar="SHARE")
+    options.add_argument("--seeds", type=int, help="of part a (default 5; 1 with --quick)")
+    given = options.parse_args()
+    parts = [part for part in given.parts.split(",") if part]
+    if unknown := sorted(set(parts) - set(PARTS)):
+        options.error(f"unknown parts {', '.join(unknown)}: use {','.join(PARTS)}")
+    torch.set_num_threads(1)
+    figures: dict[str, Rows] = {}
+    with make_progress(sys.stderr) as progress:
+        if {"a"} & set(parts):
+            with open_laboratory(
+                given.data, given.weights, cache=given.cache, profile=given.profile, progress=progress
+            ) as laboratory:
+                figures |= with_laboratory(laboratory, given, parts, progress)
+    write(given.json, figures, quick=given.quick)
+
+
+def with_laboratory(
+    laboratory: Laboratory, given: argparse.Namespace, parts: Sequence[str], progress: Progress
+) -> dict[str, Rows]:
+    """The parts about ResNet-20."""
+    figures: dict[str, Rows] = {}
+    if "a" in parts:
+        figures["by_evaluations"] = search_evaluations.run(
+            laboratory,
+            given.cache,
+            methods=given.methods,
+            shares=given.budgets[: 1 if given.quick else None],
+            counts=search_evaluations.COUNTS[: 1 if given.quick else None],
+            seeds=given.seeds or (1 if given.quick else 5),
+            progress=progress,
+        )
+    return figures
+
+
+def write(path: Path | None, figures: Mapping[str, Rows], *, quick: bool) -> None:
+    """Print every part's rows; with a path, write them there with the facts of the machine as well."""
+    for part, rows in figures.items():
+        print(f"\n{part}")
+        for row in rows:
+            print("  ".join(f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in row.items()))
+    if path is not None:
+        facts = {"benchmark": "search", "quick": quick, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        path.write_text(json.dumps({**facts, "machine": common.machine(), **figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Part (a): how good is the best plan of each search after so many evaluations?
+
+Every method gets the same space, budget, cost model and cached evaluations. A trial counts as one evaluation, also
+where its plan is over the budget and therefore never evaluated, as in the product. `tpe`, `nsga2` and `gp` are Optuna's
+samplers out of the box with the budget as a constraint; where `-fitted` is added, each of their plans is first cut
+further at random until it meets the budget, so that all their evaluations count. `random` is random plans, fitted like
+that. `milp` is the exact optimum of the additive table, a single plan. `budget` is the product's sampler with the
+product's seeds, which include that plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from search_evaluator import Lines
+from search_laboratory import Laboratory
+
+from automl_compress.core.plan import Plan
+from automl_compress.progress import Progress
+from automl_compress.search import decode, learn, sampler
+from automl_compress.search.decode import Decoder, solve
+from automl_compress.search.pricing import random_plan
+from automl_compress.search.sampler import make_sampler
+from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
+from automl_compress.search.study import Objective, ranked, run_trials, seed_plans
+
+METHODS = ("budget", "milp", "random", "nsga2", "tpe", "nsga2-fitted", "tpe-fitted", "gp")
+SHARES = (0.40, 0.35, 0.30, 0.25)
+COUNTS = (25, 50, 100, 200)
+CHANCE = 0.1
+_FITTED = "-fitted"
+KEPT = 16
+History = list[float | None]
+
+
+def run(
+    laboratory: Laboratory,
+    cache: Path,
+    *,
+    methods: Sequence[str] = METHODS,
+    shares: Sequence[float] = SHARES,
+    counts: Sequence[int] = COUNTS,
+    seeds: int = 5,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Rows `method, budget, evaluations, accuracy` (mean over seeds of the best so far, chance where no plan met the
+    budget), `worst`, `best` of the seeds, `feasible` (share of trials that met the budget)."""
+    done = Lines(cache / "searches.jsonl")
+    # Seed by seed, so that what is there when time is over compares all methods.
+    wanted = [(m, share, s) for s in range(seeds) for share in shares for m in methods if s == 0 or m != MILP]
+    progress.stage("searching by cached evaluations", len(wanted))
+    for method, share, seed in wanted:
+        key = _key(laboratory, method, share, seed, max(counts))
+        if key not in done.known:
+            values, best = search(laboratory, method, share, seed, max(counts))
+            done.add(key, {"values": values, "best": [plan.to_json() for plan in best]})
+        progress.advance()
+    rows = []
+    for method in methods:
+        for share in shares:
+            keys = [_key(laboratory, method, share, s, max(counts)) for s in range(1 if method == MILP else seeds)]
+            rows += [_row(method, share, count, [done.known[key]["values"] for key in keys]) for count in counts]
+    return rows
+
+
+def _row(method: str, share: float, count: int, histories: Sequence[History]) -> dict[str, Any]:
+    best = [max((v for v in h[:count] if v is not None), default=CHANCE) for h in histories]
+    tried = [v is not None for h in histories for v in h[:count]]
+    return {
+        "method": method,
+        "budget": share,
+        "evaluations": count,
+        "accuracy": float(np.mean(best)),
+        "worst": min(best),
+        "best": max(best),
+        "feasible": float(np.mean(tried)),
+    }
+
+
+def search(laboratory: Laboratory, method: str, share: float, seed: int, count: int) -> tuple[History, list[Plan]]:
+    """The accuracy of each trial's plan, None where it was over the budget; and the best plans, best first."""
+    budget = laboratory.budget(share)
+    if method == MILP:
+        return [laboratory.evaluate(milp(laboratory, share))], [milp(laboratory, share)]
+    rng = np.random.default_rng([seed, round(1000 * share)])
+    if method == "random":
+        plans = (random_plan(laboratory.space, rng, drop_share=rng.uniform(0, 0.6)) for _ in range(count))
+        return [laboratory.evaluate(fitted(laboratory, share, plan, rng)) for plan in plans], []
+    name = method.removesuffix(_FITTED)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        direction="maximize",
+        sampler=make_sampler(
+            name,
+            space=laboratory.space,
+            decoder=Decoder(laboratory.space, laboratory.bench.graph, laboratory.table),
+            limits=budget,
+            predict=laboratory.predict,
+            seed=seed,
+        ),
+    )
+    fit: Callable[[Plan], Plan] = lambda plan: plan  # noqa: E731
+    if method.endswith(_FITTED):
+        fit = _once(lambda plan: fitted(laboratory, share, plan, rng))
+    objective = Objective(
+        space=laboratory.space,
+        budget=budget,
+        predict=lambda plan: laboratory.predict(fit(plan)),
+        evaluate=lambda plan: laboratory.evaluate(fit(plan)),
+    )
+    if method == "budget":
+        seed_plans(study, laboratory.space, simple_plans(laboratory.space) | {MILP: milp(laboratory, share)})
+    run_trials(study, objective, count, repeats=count)
+    best = [fit(laboratory.space.plan(trial.params)) for trial in ranked(study, KEPT)]
+    return [trial.value for trial in study.trials[:count]], best
+
+
+def milp(laboratory: Laboratory, share: float) -> Plan:
+    """The optimum of the additive table for the loosest limit whose plan is predicted to meet the budget."""
+    budget, graph = laboratory.budget(share), laboratory.bench.graph
+    found = loosest_optimum(
+        lambda scale: solve(
+            laboratory.space, graph, laboratory.table, {m: scale * limit for m, limit in budget.limits.items()}
+        ),
+        lambda plan: budget.met(laboratory.predict(plan)),
+    )
+    if found is None:
+        raise SystemExit(f"no plan of the additive table's meets {share:.0%} of the latency on this device")
+    return found
+
+
+def fitted(laboratory: Laboratory, share: float, plan: Plan, rng: np.random.Generator) -> Plan:
+    """The plan, cut further by one option of one decision at a time, drawn at random, until it meets the budget."""
+    budget, space = laboratory.budget(share), laboratory.space
+    params = dict(space.params(plan))
+    while not budget.met(laboratory.predict(space.plan(params))):
+        open_ = [d for d in space.decisions if d.kind != "width" and params[d.name] != d.options[-1]]
+        if not open_:
+            raise SystemExit(f"even the narrowest plan is over {share:.0%} of the latency")
+        decision = open_[int(rng.integers(len(open_)))]
+        params[decision.name] = decision.options[decision.options.index(params[decision.name]) + 1]
+    return space.plan(params)
+
+
+def _once(function: Callable[[Plan], Plan]) -> Callable[[Plan], Plan]:
+    known: dict[str, Plan] = {}
+
+    def call(plan: Plan) -> Plan:
+        if plan.key not in known:
+            known[plan.key] = function(plan)
+        return known[plan.key]
+
+    return call
+
+
+def _key(laboratory: Laboratory, method: str, share: float, seed: int, count: int) -> str:
+    """Runs of the product's sampler are made again when its code has changed, all when the space has."""
+    text = "".join(inspect.getsource(module) for module in (sampler, decode, learn)) if method == "budget" else ""
+    version = hashlib.sha256((laboratory.space.fingerprint + text).encode()).hexdigest()[:8]
+    return f"{method} {share:.2f} seed {seed} of {count} {version}"
