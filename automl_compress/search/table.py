@@ -6,13 +6,18 @@ budget is decided by the cost model, which lowers the whole plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from automl_compress.core.budget import Provenance
 from automl_compress.core.graph import End, Graph, Layer
 from automl_compress.core.plan import Plan
 
+ADDITIVE = ("latency", "size")
+"""The metrics that add up over layers, in the order in which arrays hold them."""
 _LEAST_CERTAIN_FIRST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
 Option = float | int | bool | str
 QualityKey = tuple[str, Option]
@@ -65,6 +70,17 @@ class AdditiveTable:
         nearest = min(entries, key=lambda other: (other[2] != shape[2], _distance(shape, other), other))
         return entries[nearest].scaled(shape[0] * shape[1] / (nearest[0] * nearest[1]))
 
+    def costs(self, layer: str, widths: NDArray[np.int64], bits: int) -> NDArray[np.float64]:
+        """`cost` at many (input, output) widths: an array of rows, one column for each of `ADDITIVE`."""
+        entries = sorted(self.layers[layer])
+        known = np.array(entries, dtype=np.int64)
+        prices = np.array([[self.layers[layer][entry].of(m) for m in ADDITIVE] for entry in entries])
+        one, other = widths[:, None, :2], known[None, :, :2]
+        far = (np.abs(one - other) / np.maximum(np.maximum(one, other), 1)).sum(axis=2)
+        nearest = (far + 10.0 * (known[:, 2] != bits)).argmin(axis=1)
+        share = widths.prod(axis=1) / known[nearest, :2].prod(axis=1)
+        return np.asarray(prices[nearest] * share[:, None], dtype=np.float64)
+
     def known(self, layer: str, shape: Shape) -> Provenance:
         """Where the layer's latency at that shape comes from: "estimated" where it is scaled from another shape."""
         return self.sources.get(layer, {}).get(shape, "estimated")
@@ -75,6 +91,16 @@ class AdditiveTable:
         for name, (inputs, outputs) in plan.widths(graph).items():
             total += self.cost(name, (inputs, outputs, plan.layer_bits(name)))
         return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A plan, its loss and cost by the table, and the proven gap (0: optimal, infinity: nothing)."""
+
+    plan: Plan
+    loss: float
+    cost: LayerCost
+    gap: float
 
 
 def least_certain(found: Iterable[Provenance]) -> Provenance:
@@ -90,6 +116,19 @@ def channel_copies(graph: Graph, layer: Layer, group: str, side: End) -> int:
     head.
     """
     return graph.width(layer, side, {}) - graph.width(layer, side, {group: graph.group[group].size - 1})
+
+
+def kept_options(options: Sequence[Option], size: int, width: float) -> dict[int, Option]:
+    """Channels that a group of `size` keeps -> the lowest of the sparsities that leaves as many at a student width."""
+    found: dict[int, Option] = {}
+    for option in options or (0.0,):
+        found.setdefault(Plan(width=width, sparsity={"": float(option)}).kept_count("", size), option)
+    return found
+
+
+def nearest_option(options: Sequence[Option], size: int, count: int) -> Option:
+    """The sparsity that, in a student of full width, keeps the number of channels nearest to `count`."""
+    return min(options, key=lambda o: abs(Plan(sparsity={"": float(o)}).kept_count("", size) - count))
 
 
 def _distance(shape: Shape, other: Shape) -> float:
