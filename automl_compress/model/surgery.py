@@ -51,11 +51,8 @@ def cut(model: nn.Module, graph: Graph, *, kept: Mapping[str, Iterable[int]], dr
     """
     result = copy_model(model)
     drop = tuple(drop)
-    gone = {layer for name in drop if name in graph.block for layer in graph.block[name].layers}
-    # What is inside of a removed block stays whole: code around what stands in for it may still count it.
-    stay = {name: frozenset(channels) for name, channels in kept.items() if not _inside(graph, name, gone)}
-    keep = _kept_positions(graph, stay)
-    _shrink_tensors(result, keep)
+    stay = _staying(graph, kept, drop)
+    _shrink_tensors(result, _kept_positions(graph, stay))
     _set_attributes(result, graph, stay)
     for module in result.modules():
         refresh_attributes(module)
@@ -64,6 +61,22 @@ def cut(model: nn.Module, graph: Graph, *, kept: Mapping[str, Iterable[int]], dr
     for block in dropped:
         remove_block(result, block, kept_shape(block, stay))
     return result
+
+
+def kept_indices(
+    graph: Graph, *, kept: Mapping[str, Iterable[int]], drop: Iterable[str] = ()
+) -> dict[tuple[str, int], list[int]]:
+    """(tensor, dimension) -> the indices of the original's that a model has which was `cut` so, ascending.
+
+    Dimensions that stay whole are absent. Raises PlanError as `cut` does.
+    """
+    return _kept_positions(graph, _staying(graph, kept, drop))
+
+
+def _staying(graph: Graph, kept: Mapping[str, Iterable[int]], drop: Iterable[str]) -> dict[str, frozenset[int]]:
+    gone = {layer for name in drop if name in graph.block for layer in graph.block[name].layers}
+    # What is inside of a removed block stays whole: code around what stands in for it may still count it.
+    return {name: frozenset(channels) for name, channels in kept.items() if not _inside(graph, name, gone)}
 
 
 def _inside(graph: Graph, group: str, layers: Collection[str]) -> bool:

@@ -24,6 +24,7 @@ from automl_compress.errors import ExportError, PlanError, RunFolderError
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distillation.losses import DEFAULT, Losses
 from automl_compress.techniques.distillation.objective import Distillation
+from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.files import PREFIX, from_tensors, to_tensors
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
@@ -135,7 +136,7 @@ class Recovery:
             log = train(
                 model,
                 bench.task,
-                self._objective(),
+                self._objective(full),
                 schedule,
                 seed=bench.seed,
                 masks=masks,
@@ -182,8 +183,10 @@ class Recovery:
             seconds=seconds,
         )
 
-    def _objective(self) -> Distillation:
-        return Distillation(self._bench.task, self._bench.teacher, self._losses)
+    def _objective(self, plan: Plan) -> Distillation:
+        bench = self._bench
+        pairs = pair_layers(bench.graph, plan, bench.teacher) if self._losses.features else ()
+        return Distillation(bench.task, bench.teacher, self._losses, pairs)
 
     def _unrounded(self, model: nn.Module, plan: Plan) -> float:
         """The metric on validation data before quantization; training with rounding can win back what lies between."""
@@ -208,7 +211,7 @@ class Recovery:
         log = train(
             student,
             bench.task,
-            self._objective(),
+            self._objective(plan),
             rounding,
             seed=bench.seed,
             masks=masks,

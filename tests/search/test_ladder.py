@@ -25,7 +25,9 @@ from automl_compress.search.ladder import (
     short,
     stored_quantization,
 )
+from automl_compress.techniques.distillation.features import layer_inputs
 from automl_compress.techniques.distillation.losses import parse_losses
+from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.training.settings import Training
 from tests.search import campaigns
 
@@ -55,6 +57,22 @@ def measured(path: Path) -> float:
         outputs.append(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]))
         targets.append(classes)
     return accuracy(torch.cat(outputs), torch.cat(targets))
+
+
+def test_a_rounded_student_shows_the_features_that_a_float_one_has(folder: RunFolder) -> None:
+    """What is compared when training with rounding is what was compared before, to within a step of the integers."""
+    bench = campaigns.bench()
+    model, full = bench.student(PLAN)
+    rounded = bench.trainable(model, full, bench.quantization(model, full))
+    layers = [pair.student for pair in pair_layers(bench.graph, full, bench.teacher)]
+    images = bench.samples[0][0]
+    with torch.no_grad(), layer_inputs(model, layers) as wanted, layer_inputs(rounded, layers) as seen:
+        model(images)
+        rounded(images)
+    assert set(seen) == set(wanted) == set(layers)
+    for layer, value in wanted.items():
+        assert float((seen[layer] - value).abs().mean()) < 0.02 * float(value.abs().max())
+    assert recover(folder, losses="soft+features")[1] >= 4
 
 
 def test_a_candidates_metric_is_that_of_its_file(folder: RunFolder) -> None:

@@ -21,7 +21,12 @@ LABEL_LOSSES = {
     "dkd": "decoupled: target class and other classes apart",
     "dist": "relations: correlation of rows and of classes",
 }
-NAMES = {**LABEL_LOSSES, TASK: "the task's own loss (cross-entropy) alone"}
+# Losses on what layers read.
+FEATURE_LOSSES = {
+    "features": "what layers read, channel by channel",
+    "attention": "where what layers read is large",
+}
+NAMES = {**LABEL_LOSSES, **FEATURE_LOSSES, TASK: "the task's own loss (cross-entropy) alone"}
 DEFAULT = SOFT
 
 
@@ -32,6 +37,7 @@ class Losses:
     weights      loss -> its weight; None: automatic
     temperature  softens teacher and student alike
     soft_share   weight of what is learned from the teacher's outputs; the rest goes to the task's own loss
+    feature_share    how much larger or smaller an automatic loss on features is made than one on outputs
     target, others   weights of the two parts of the decoupled loss (alpha and beta of Zhao et al.)
 
     Raises InputError for a name that isn't known and for a number out of range.
@@ -40,6 +46,7 @@ class Losses:
     weights: Mapping[str, float | None] = field(default_factory=lambda: {DEFAULT: None})
     temperature: float = 6.0
     soft_share: float = 0.9
+    feature_share: float = 0.5
     target: float = 1.0
     others: float = 8.0
 
@@ -57,11 +64,18 @@ class Losses:
             raise InputError(f"the temperature of distillation must be above 0, found {self.temperature:g}")
         if not 0 <= self.soft_share <= 1:
             raise InputError(f"the teacher's share of the loss must be from 0 to 1, found {self.soft_share:g}")
+        if not 0 <= self.feature_share < math.inf:
+            raise InputError(f"the features' share of the loss must be 0 or more, found {self.feature_share:g}")
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Those on the teacher's outputs that count."""
         return tuple(name for name, weight in self.weights.items() if name in LABEL_LOSSES and weight != 0)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Those on what layers read that count."""
+        return tuple(name for name, weight in self.weights.items() if name in FEATURE_LOSSES and weight != 0)
 
     @property
     def needs_teacher(self) -> bool:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from automl_compress.errors import TaskError, TrainingError
-from automl_compress.model.surgery import copy_model
-from automl_compress.model.task import Batch, Inputs, Task
+from automl_compress.model.task import Batch, Task
 from automl_compress.techniques.distillation.balance import Balance
+from automl_compress.techniques.distillation.features import (
+    adapted,
+    attention_transfer,
+    hint,
+    layer_inputs,
+    same_channels,
+)
 from automl_compress.techniques.distillation.labels import decoupled, logits, relations, soft_labels
 from automl_compress.techniques.distillation.losses import SOFT, TASK, Losses
 from automl_compress.techniques.distillation.outputs import (
@@ -19,10 +25,15 @@ from automl_compress.techniques.distillation.outputs import (
     class_dim,
     class_rows,
     named_tensors,
+    padding_input,
     require_match,
     squared_error,
 )
+from automl_compress.techniques.distillation.pairing import Pair
+from automl_compress.techniques.distillation.teacher import Answers, Teacher
 from automl_compress.techniques.objective import Loss
+
+_ON_OUTPUTS = "no layer of the student tells what it reads; distil with losses on outputs, such as soft"
 
 
 class Distillation:
@@ -36,27 +47,41 @@ class Distillation:
     are out of range.
     """
 
-    def __init__(self, task: Task, teacher: nn.Module, losses: Losses | None = None) -> None:
+    def __init__(
+        self, task: Task, teacher: nn.Module, losses: Losses | None = None, pairs: Sequence[Pair] = ()
+    ) -> None:
         self.task, self.losses = task, losses or Losses()
-        self.teacher = teacher.eval()
+        self._pairs = tuple(pairs) if self.losses.features else ()
+        if self.losses.features and not pairs:
+            raise TrainingError(f"distillation loss {self.losses.features[0]} has nothing to compare: {_ON_OUTPUTS}")
+        self._teacher = Teacher(teacher, [pair.teacher for pair in self._pairs])
         automatic = [name for name, weight in self.losses.weights.items() if weight is None]
         self._balance = Balance([name for name in automatic if name not in (SOFT, TASK)])
+        self._adapters = nn.ModuleList(
+            nn.Identity() if pair.widths is None else nn.Linear(*pair.widths) for pair in self._pairs
+        )
+        self._padding = padding_input(teacher)
         self._label_losses = _label_losses(self.losses)
 
     def modules(self) -> nn.Module | None:
-        return self._balance if self._balance.names else None
+        held = nn.ModuleDict({"balance": self._balance, "adapters": self._adapters})
+        return held if self._balance.names or any(True for _ in self._adapters.parameters()) else None
 
     def __call__(self, student: nn.Module, batch: Batch) -> Loss:
         inputs, targets = batch
         # The teacher first: what it takes is free again before the student's activations are kept.
-        teacher = self._teacher_outputs(inputs) if self.losses.needs_teacher else {}
-        outputs = student(*inputs)
-        compare = self._comparison(outputs, teacher, targets) if self.losses.labels else None
+        teacher = self._teacher(inputs) if self.losses.needs_teacher else Answers()
+        with layer_inputs(student, [pair.student for pair in self._pairs]) as features:
+            outputs = student(*inputs)
+        counted = None if self._padding is None or self._padding >= len(inputs) else inputs[self._padding]
+        compare = self._comparison(outputs, teacher.outputs, targets, counted) if self.losses.needs_teacher else None
         values: dict[str, Tensor] = {}
         if self.losses.task_weight > 0:
             values[TASK] = task_loss(self.task, outputs, targets)
         if compare is not None:
             values |= {name: compare(name) for name in self.losses.labels}
+            for name in self.losses.features:
+                values[name] = self._on_features(name, features, teacher.features, counted)
             if self._balance.measuring and student.training and torch.is_grad_enabled():
                 unit = values[SOFT] if SOFT in values else compare(SOFT)
                 trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -67,21 +92,43 @@ class Distillation:
 
     def weights(self) -> dict[str, float]:
         """Loss -> its weight as of now."""
-        share = self.losses.soft_share / max(1, sum(self.losses.weights[name] is None for name in self.losses.labels))
+        losses = self.losses
+        share = losses.soft_share / max(1, sum(losses.weights[name] is None for name in losses.labels))
+        shares = dict.fromkeys(losses.labels, share)
+        shares |= dict.fromkeys(losses.features, losses.soft_share * losses.feature_share)
         ratios = self._balance.ratios()
-        weights = {TASK: self.losses.task_weight}
-        for name in self.losses.labels:
-            given = self.losses.weights[name]
+        weights = {TASK: losses.task_weight}
+        for name, share in shares.items():
+            given = losses.weights[name]
             weights[name] = share * ratios.get(name, 1.0) if given is None else given
         return weights
 
-    def _teacher_outputs(self, inputs: Inputs) -> dict[str, Tensor]:
-        if any(parameter.device != inputs[0].device for parameter in self.teacher.parameters()):
-            self.teacher = copy_model(self.teacher).to(inputs[0].device)  # the caller's own stays where it is
-        with torch.no_grad():
-            return named_tensors(self.teacher(*inputs))
+    def _on_features(
+        self, loss: str, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], counted: Tensor | None
+    ) -> Tensor:
+        parts = []
+        for pair, adapter in zip(self._pairs, self._adapters, strict=True):
+            if pair.student not in student or pair.teacher not in teacher:
+                continue  # its weight was used without running its module
+            mine, wanted = student[pair.student], same_channels(pair, teacher[pair.teacher])
+            if pair.widths is not None and loss != "attention":
+                mine = adapted(adapter, mine, pair.channel_dim)
+            if loss == "attention":
+                parts.append(attention_transfer(mine, teacher[pair.teacher], pair.channel_dim, counted))
+            elif mine.shape == wanted.shape:
+                parts.append(hint(mine, wanted, counted))
+            else:
+                raise TrainingError(
+                    f"features of teacher and student differ in shape: {pair.teacher} reads {tuple(wanted.shape)}, "
+                    f"{pair.student} {tuple(mine.shape)}"
+                )
+        if not parts:
+            raise TrainingError(f"distillation loss {loss} has nothing to compare: {_ON_OUTPUTS}")
+        return torch.stack(parts).mean()
 
-    def _comparison(self, outputs: Any, teacher: Mapping[str, Tensor], targets: Tensor) -> Callable[[str], Tensor]:
+    def _comparison(
+        self, outputs: Any, teacher: Mapping[str, Tensor], targets: Tensor, counted: Tensor | None
+    ) -> Callable[[str], Tensor]:
         """Loss name -> its mean over the model's outputs."""
         student = named_tensors(outputs)
         require_match(student, teacher)
@@ -95,7 +142,7 @@ class Distillation:
         for name, dim in dims.items():
             if dim is not None:
                 known = targets if targets.ndim == student[name].ndim - 1 else None
-                rows[name] = class_rows(student[name], teacher[name], known, dim)
+                rows[name] = class_rows(student[name], teacher[name], known, dim, counted)
 
         def compare(loss: str) -> Tensor:
             if not rows and loss not in (SOFT, "logit"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from automl_compress.errors import TrainingError
 
@@ -24,6 +25,7 @@ _INSIDE = {
     "decoder_hidden_states",
     "decoder_attentions",
 }
+_MASK = "attention_mask"
 IGNORED = -100  # the class number that torch's cross-entropy leaves out
 
 
@@ -62,6 +64,13 @@ def require_match(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) 
 
 def _told(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(shape)
+
+
+def padding_input(model: nn.Module) -> int | None:
+    """Which of a model's inputs says what isn't padding (1) and what is (0), by tokens [N, T]: the argument of its
+    forward that is called `attention_mask`, as Hugging Face's models have it. None where there is none."""
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index(_MASK) if _MASK in names else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ them). It is made from the graph after batch-norms were folded, so that what is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from automl_compress.techniques.onnx_graph import layer_of
+from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, layer_of
 from automl_compress.techniques.quantization.formats import (
     DEFAULT_EXECUTIONS,
     Executions,
@@ -76,6 +76,8 @@ class FakeQuantized(OnnxModule):
     bits   layer -> bit-width
     found  ranges of every value that becomes an integer, and what is known about weights
 
+    `watcher`, if it is set, is told of each layer's name and input, rounded as it is, when the model runs.
+
     Raises ExportError for an operator without a PyTorch counterpart.
     """
 
@@ -87,6 +89,7 @@ class FakeQuantized(OnnxModule):
         executions: Executions = DEFAULT_EXECUTIONS,
     ) -> None:
         super().__init__(with_tensors(model, found.tensors))
+        self.watcher: Callable[[str, Tensor], None] | None = None
         self.placement = place(self.model, bits, executions)
         self._layers: dict[str, _Layer] = {}
         self._values: dict[str, str] = {}
@@ -138,6 +141,8 @@ class FakeQuantized(OnnxModule):
             else:
                 carried = set(data_inputs(node)) if node.output[0] in self.placement.integer else set()
                 arguments = [steps[n] if n in carried else self._float(plain, steps, n) for n in node.input]
+                if self.watcher is not None and node.op_type in LAYER_OPERATORS:
+                    self.watcher(layer_of(node.name), arguments[0])
                 self._replace_weights(node, arguments)
                 for name, value in zip(node.output, self.run_node(node, arguments), strict=False):
                     plain[name] = value

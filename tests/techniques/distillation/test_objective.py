@@ -12,7 +12,7 @@ from torch.nn import functional
 from automl_compress.errors import TaskError, TrainingError
 from automl_compress.model.task import Task, prepare
 from automl_compress.techniques.distillation.balance import STEPS
-from automl_compress.techniques.distillation.losses import NAMES, Losses, parse_losses
+from automl_compress.techniques.distillation.losses import LABEL_LOSSES, Losses, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def test_a_single_loss_is_weighed_against_soft_labels_too() -> None:
     assert other.weights()["logit"] == weight
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "task"])
+@pytest.mark.parametrize("name", LABEL_LOSSES)
 def test_every_loss_is_zero_for_a_perfect_student_and_trains_another(name: str) -> None:
     objective = Distillation(task(), net(0), parse_losses(f"{name}+task=0"))
     assert float(objective(net(0), BATCH).total.detach()) == pytest.approx(0, abs=1e-6)

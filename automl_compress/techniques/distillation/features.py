@@ -1,0 +1,96 @@
+"""Losses on what layers read. Features are tensors [N, C, ...] of convolutions or [N, ..., C] of linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from automl_compress.techniques.distillation.outputs import squared_error
+from automl_compress.techniques.distillation.pairing import Pair
+
+Watch = Callable[[str, Tensor], None]
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A model that runs its layers itself, and tells what they read: `watcher(layer, input)` is called for each."""
+
+    watcher: Watch | None
+
+
+@contextmanager
+def layer_inputs(model: nn.Module, layers: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """While active, fills a dictionary with what layers of `model` read; `layers` are the paths of their modules."""
+    seen: dict[str, Tensor] = {}
+    if isinstance(model, Watched):
+
+        def watcher(name: str, value: Tensor) -> None:
+            if name in layers:
+                seen[name] = value
+
+        model.watcher = watcher
+        try:
+            yield seen
+        finally:
+            model.watcher = None
+        return
+    with ExitStack() as hooks:
+        for name in layers:
+            handle = model.get_submodule(name).register_forward_pre_hook(_keeper(name, seen), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield seen
+
+
+def _keeper(name: str, seen: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[name] = args[0] if args else kwargs["input"]
+
+    return keep
+
+
+def same_channels(pair: Pair, teacher: Tensor) -> Tensor:
+    """The teacher's feature with the channels that the student's has."""
+    if pair.channels is None:
+        return teacher
+    index = torch.tensor(pair.channels, device=teacher.device)
+    return teacher.index_select(pair.channel_dim, index)
+
+
+def hint(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Squared error of features with the same channels, over the teacher's variance; scalar.
+
+    counted  which tokens [N, T] of features [N, T, C] aren't padding
+
+    Source: Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", eq. 3.
+    """
+    if counted is not None and student.ndim == 3 and student.shape[:2] == counted.shape:
+        keep = counted.bool()
+        student, teacher = student[keep], teacher[keep]
+    return squared_error(student, teacher)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int, counted: Tensor | None = None) -> Tensor:
+    """Squared distance of where features are large: mean over channels of their squares, normalised over positions.
+
+    Widths may differ. Zero for features that have no positions. Scalar.
+
+    Source: Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", eq. 2 (p = 2).
+    """
+    maps = [part.float().square().mean(channel_dim) for part in (student, teacher)]
+    if maps[0].ndim == 1:
+        return student.sum() * 0
+    if counted is not None and maps[0].shape == counted.shape:
+        maps = [part * counted.to(part.dtype) for part in maps]
+    unit = [functional.normalize(part.flatten(1), dim=1) for part in maps]
+    return (unit[0] - unit[1]).square().sum(1).mean()
+
+
+def adapted(adapter: nn.Module, feature: Tensor, channel_dim: int) -> Tensor:
+    """A feature with its channels mapped linearly, position by position: the regressor of FitNets, section 2.2."""
+    mapped: Tensor = adapter(feature.movedim(channel_dim, -1))
+    return mapped.movedim(-1, channel_dim)
