@@ -47,9 +47,10 @@ class Watch:
             self.first = median(self.window)
         return ""
 
-    def forgive(self) -> None:
-        """After a rollback: the next steps are judged anew."""
+    def restart(self) -> None:
+        """The next steps are judged anew: after a rollback, or when the model itself was changed."""
         self.high = 0
+        self.window.clear()
 
     def state(self) -> list[float]:
         return [float(self.high), self.first, *self.window]

@@ -8,30 +8,34 @@ which weights stay zero.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from automl_compress.errors import TaskError, TrainingError
+from automl_compress.errors import TrainingError
 from automl_compress.model.task import Batch, Task
-from automl_compress.techniques.objective import Loss, Objective
+from automl_compress.techniques.objective import Objective
 from automl_compress.techniques.training import randomness
 from automl_compress.techniques.training.averaging import Average
+from automl_compress.techniques.training.checkpoint import digest, load_checkpoint, prefixed, save_checkpoint, without
 from automl_compress.techniques.training.data import Batches
 from automl_compress.techniques.training.divergence import Watch
+from automl_compress.techniques.training.keeper import Keeper, Validate
 from automl_compress.techniques.training.log import OnStep, Recorder, StepReport, TrainingLog
-from automl_compress.techniques.training.optimizers import Held, make_optimizer, set_rate
+from automl_compress.techniques.training.optimizers import ChangingMasks, Held, Masks, make_optimizer, set_rate
+from automl_compress.techniques.training.parallel import Processes
 from automl_compress.techniques.training.placement import Placement
 from automl_compress.techniques.training.rates import momentum, rate
 from automl_compress.techniques.training.settings import Resources, Training
-from automl_compress.techniques.training.state import Tensors, Trained, kept, live, write
+from automl_compress.techniques.training.state import Tensors, Trained, live
+from automl_compress.techniques.training.step import Gradients
 
-Validate = Callable[[nn.Module], float]
 _GOOD_EVERY = 50  # steps between the states that a rollback can go back to
+_DEFAULT = Resources()
 
 
 def train(
@@ -41,30 +45,35 @@ def train(
     training: Training,
     *,
     seed: int = 0,
-    masks: Mapping[str, Tensor] | None = None,
+    masks: Masks | ChangingMasks | None = None,
     validate: Validate | None = None,
     on_step: OnStep | None = None,
-    resources: Resources = Resources(),  # noqa: B008 - frozen
+    resources: Resources = _DEFAULT,
     label: str = "training",
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainingLog:
     """Train `student` in place on the task's training data, and leave it in eval mode.
 
-    masks     parameter name -> which of its weights train; the others are zero before and after every step
+    masks     parameter name -> which of its weights train; the others are zero before and after every step. Or a
+              function that is asked before every step: (step, steps) -> masks that hold from then on, None for the same
     validate  the metric of a model in eval mode, higher is better: decides what is delivered, and when to stop early
     on_step   called after every step
     label     the stage's name, for people
 
-    The same seed, data, settings and number of threads give the same student. Inputs reach the objective on the
-    student's device; in the chosen precision it runs under autocast, with the student's outputs in float32.
+    The same seed, data, settings and number of threads give the same student, interrupted or not. Inputs reach the
+    objective on the student's device; in the chosen precision it runs under autocast, with the student's outputs in
+    float32.
 
     Raises TaskError for data that can't be read or a loss that is no scalar, TrainingError for a training that keeps
-    diverging, InputError for a device that isn't there.
+    diverging or a checkpoint that can't be used, InputError for a device that isn't there.
     """
-    return _Run(student, task, objective, training, seed, masks or {}, validate, on_step, resources, label, clock)()
+    run = _Run(student, task, objective, training, seed, masks, validate, on_step, resources, label, clock)
+    return run.whole()
 
 
 class _Run:
+    """A training under way. Everything that a checkpoint holds is an attribute that `_facts` and `_tensors` name."""
+
     def __init__(
         self,
         student: nn.Module,
@@ -72,58 +81,81 @@ class _Run:
         objective: Objective,
         training: Training,
         seed: int,
-        masks: Mapping[str, Tensor],
+        masks: Masks | ChangingMasks | None,
         validate: Validate | None,
         on_step: OnStep | None,
         resources: Resources,
         label: str,
         clock: Callable[[], float],
     ) -> None:
-        self.student, self.objective, self.training, self.seed = student, objective, training, seed
-        self.validate, self.on_step, self.label, self.clock = validate, on_step, label, clock
+        self.student, self.training, self.resources, self.seed = student, training, resources, seed
+        self.on_step, self.label, self.clock = on_step, label, clock
         self.home = next(iter(student.parameters())).device
-        self.placement = Placement.choose(student, resources)
+        self.processes = Processes(resources.accelerator)
+        self.placement = Placement.choose(student, resources, self.processes.device)
         self.placement.place(student)
         others = objective.modules()
         if others is not None:
             self.placement.place(others)
         self.optimizer = make_optimizer(student, others, training)
-        self.held = Held(student, masks)
-        self.average = Average(student, training.average) if training.average else None
-        self.trained = Trained(student, others, self.optimizer, self.average)
+        self.changing = masks if callable(masks) else None
+        self.held = Held(student, {} if masks is None or callable(masks) else masks)
+        average = Average(student, training.average) if training.average else None
+        self.average = average
+        self.trained = Trained(student, others, self.optimizer, average)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.gradients = Gradients(
+            student, objective, self.placement, self.processes, parameters, self.held, training.clip
+        )
+        self.keeper = Keeper(student, average, validate, training)
         self.generators = randomness.generators_in(task.train)
         self.batches = Batches(task, self.generators)
         self.steps = max(1, round(training.epochs * self.batches.length))
+        self.validating = 0 if validate is None else max(1, round(training.validate_every * self.batches.length))
         self.recorder, self.watch = Recorder(self.steps), Watch()
-        self.step = self.images = self.rollbacks = self.waited = 0
-        self.scale, self.best_metric = 1.0, -math.inf
-        self.best: Tensors | None = None
-        self.best_label, self.notes, self.good = "last", list[str](), Tensors()
-        self.metric: float | None = None
+        self.step = self.images = self.rollbacks = 0
+        self.scale, self.notes, self.good = 1.0, list[str](), Tensors()
 
-    def __call__(self) -> TrainingLog:
-        self.begun = self.clock()
+    def whole(self) -> TrainingLog:
+        self.begun = self.written = self.clock()
+        path = self.resources.checkpoint
+        self.identity = self._identity() if path else {}
         with randomness.seeded(self.seed, self.generators):
-            self.good = self.trained.copy()
             self.student.train()
-            while self.step < self.steps and not self._finished_early():
+            self.good = self.trained.copy()
+            self._resume()
+            while self.step < self.steps and not self.keeper.patience_is_over:
                 self._advance()
-        self._deliver()
+            if path:
+                self._write()
+        if self.step < self.steps:
+            self.notes.append(
+                f"stopped at step {self.step} of {self.steps}: validation found nothing better for a while"
+            )
+        delivered, metric = self.keeper.deliver()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.student.to(self.home)
+        self.student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.student.eval()
         return TrainingLog(
             label=self.label,
             curves=self.recorder.curves(self.step),
             images=self.images,
             seconds=self.clock() - self.begun,
             rollbacks=self.rollbacks,
-            metric=self.metric,
-            delivered=self.best_label,
+            metric=metric,
+            delivered=delivered,
             computed=self.placement.words,
+            micro_batch=self.gradients.micro,
             notes=(*self.notes, *self.batches.notes),
         )
 
     def _advance(self) -> None:
         """One step, and what is due after it."""
-        batch = self.placement.batch(self.batches.next())
+        batch = self.placement.batch(self.processes.part(self.batches.next()))
+        if self.step == 0:
+            self._fit(batch)
+        self._change_masks()
         learning_rate = self.scale * rate(self.training, self.step, self.steps)
         set_rate(self.optimizer, learning_rate, momentum(self.training, self.step, self.steps))
         loss, parts, gradient = self._gradients(batch)
@@ -136,47 +168,48 @@ class _Run:
             self.held.weights()
             if self.average is not None:
                 self.average.update()
-            self.images += len(batch[1])
+            self.images += len(batch[1]) * self.processes.count
             self.recorder.step(self.step, loss, learning_rate)
-        if self._validation_is_due():
-            self._validate()
+        if self.validating and (self.step % self.validating == 0 or self.step == self.steps):
+            self.keeper.look(last=self.step == self.steps)
+            assert self.keeper.metric is not None
+            self.recorder.metric(self.step, self.keeper.metric)
         if self.step % _GOOD_EVERY == 0 and self.watch.calm and not wrong:
             self.good = self.trained.copy()
-        if self.on_step:
+        if self.resources.checkpoint and self.clock() - self.written >= self.resources.checkpoint_seconds:
+            self._write()
+        if self.on_step and self.processes.first:
             self.on_step(self._report(loss, parts, learning_rate))
 
     def _gradients(self, batch: Batch) -> tuple[float, dict[str, float], float]:
-        """Loss, its parts, and the norm of the gradients, which are left in the parameters (clipped)."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch)
-        total = float(loss.total.detach())
-        if not math.isfinite(total):
-            return total, {}, 0.0
-        self._backward(loss.total, batch)
-        self.held.gradients()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.training.clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.training.clip, norm)
-        return total, {name: float(part) for name, part in loss.parts.items()}, float(norm)
-
-    def _loss(self, batch: Batch) -> Loss:
         try:
-            with self.placement.computing(self.student), self.placement.autocast():
-                loss = self.objective(self.student, batch)
-        except (RuntimeError, ValueError) as error:
-            raise _step_failed(batch, error) from error
-        except IndexError as error:  # cross-entropy on a class that the model doesn't have
-            raise TaskError(f"task: train labels are out of range: {error}") from error
-        if loss.total.ndim != 0:
-            raise TaskError(f"the task's loss must return a scalar tensor, found shape {tuple(loss.total.shape)}")
-        return loss
+            return self.gradients.compute(batch)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {self.step + 1} on {len(batch[1])} samples ran out of the device's memory; set "
+                f"resources.micro_batch below {self.gradients.micro or len(batch[1])}"
+            ) from error
 
-    def _backward(self, total: Tensor, batch: Batch) -> None:
-        try:
-            total.backward()  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise _step_failed(batch, error) from error
+    def _fit(self, batch: Batch) -> None:
+        """Decide how many samples are computed at a time, without leaving a trace of having tried."""
+        if self.resources.micro_batch is not None:
+            self.gradients.micro = self.resources.micro_batch
+            return
+        before, states = randomness.capture(self.generators), 2 if self.training.optimizer == "adamw" else 1
+        self.gradients.fit(batch, states, self.resources.memory_bytes)
+        self.trained.put_back(self.good)
+        randomness.restore(before, self.generators)
+        if self.gradients.micro is not None:
+            self.notes.append(
+                f"batches of {len(batch[1])} are computed {self.gradients.micro} samples at a time, to fit in memory"
+            )
+
+    def _change_masks(self) -> None:
+        masks = self.changing(self.step, self.steps) if self.changing else None
+        if masks is not None:
+            self.held.put_back(masks)
+            self.watch.restart()
 
     def _roll_back(self, wrong: str) -> None:
         """The weights go back to where nothing was wrong; data and schedule go on, at half the rate."""
@@ -188,66 +221,10 @@ class _Run:
                 f"(now {self.training.learning_rate:g}) or check the data"
             )
         self.trained.put_back(self.good)
+        self.held.weights()
         self.scale /= 2
-        self.watch.forgive()
+        self.watch.restart()
         self.notes.append(f"{where} {wrong}: rolled back, learning rate times {self.scale:g} from there")
-
-    def _validation_is_due(self) -> bool:
-        if self.validate is None:
-            return False
-        every = max(1, round(self.training.validate_every * self.batches.length))
-        return self.step % every == 0 or self.step == self.steps
-
-    def _validate(self) -> None:
-        """Look whether the weights, or their average, are the best so far."""
-        assert self.validate is not None
-        metric, better = self._metric(self.validate), False
-        found = [("best" if self.step < self.steps else "last", metric, live(self.student))]
-        if self.average is not None:
-            now = {name: kept(value) for name, value in live(self.student).items()}
-            write(live(self.student), self.average.state)
-            found.append(("average", self._metric(self.validate), self.average.state))
-            write(live(self.student), now)
-        for label, value, state in found:
-            if value > self.best_metric or (value == self.best_metric and not better):
-                better = better or value > self.best_metric
-                self.best_metric, self.best_label = value, label
-                self.best = {name: kept(tensor) for name, tensor in state.items()}
-        self.waited = 0 if better else self.waited + 1
-        self.metric = max(value for _, value, _ in found)
-        self.recorder.metric(self.step, self.metric)
-
-    def _metric(self, validate: Validate) -> float:
-        self.student.eval()
-        with torch.no_grad():
-            value = float(validate(self.student))
-        self.student.train()
-        if math.isnan(value):
-            raise TaskError("the metric on validation data is NaN: check the metric, the data and the model's outputs")
-        return value
-
-    def _finished_early(self) -> bool:
-        if self.training.patience is None or self.waited < self.training.patience:
-            return False
-        self.notes.append(f"stopped at step {self.step} of {self.steps}: no better metric in {self.waited} validations")
-        return True
-
-    def _deliver(self) -> None:
-        """Leave in the student what was asked for."""
-        wanted = self.training.deliver
-        if wanted == "average" or (wanted == "best" and self.validate is None and self.average is not None):
-            assert self.average is not None
-            write(live(self.student), self.average.state)
-            self.best_label = "average"
-        elif wanted == "best" and self.best is not None:
-            write(live(self.student), self.best)
-            self.metric = self.best_metric
-        else:
-            self.best_label = "last"
-        self.optimizer.zero_grad(set_to_none=True)
-        self.student.to(self.home)
-        self.student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        self.student.eval()
 
     def _report(self, loss: float, parts: dict[str, float], learning_rate: float) -> StepReport:
         seconds = max(self.clock() - self.begun, 1e-9)
@@ -257,14 +234,67 @@ class _Run:
             steps=self.steps,
             loss=loss,
             parts=parts,
-            metric=self.metric,
+            metric=self.keeper.metric,
             learning_rate=learning_rate,
             images_per_second=self.images / seconds,
             seconds_left=seconds / self.step * (self.steps - self.step),
             rollbacks=self.rollbacks,
         )
 
+    def _identity(self) -> dict[str, Any]:
+        """By which a checkpoint of another training is told apart."""
+        return {
+            **asdict(self.training),
+            "seed": self.seed,
+            "steps": self.steps,
+            "computed": self.placement.words,
+            "processes": self.processes.count,
+            "start": digest(live(self.student)),
+        }
 
-def _step_failed(batch: Batch, error: Exception) -> Any:
-    shapes = ", ".join(str(tuple(part.shape)) for part in batch[0])
-    return TrainingError(f"a training step on inputs {shapes} failed: {str(error).partition(chr(10))[0]}")
+    def _write(self) -> None:
+        self.written = self.clock()
+        path = self.resources.checkpoint
+        if path is None or not self.processes.first:
+            return
+        tensors = prefixed("now.", self.trained.copy()) | prefixed("good.", self.good)
+        tensors |= prefixed("best.", self.keeper.best) | prefixed("mask.", self.held.masks)
+        facts = {
+            "identity": self.identity,
+            "step": self.step,
+            "images": self.images,
+            "seconds": self.clock() - self.begun,
+            "rollbacks": self.rollbacks,
+            "scale": self.scale,
+            "micro": self.gradients.micro,
+            "notes": self.notes,
+            "watch": self.watch.state(),
+            "curves": self.recorder.state(),
+            "keeper": self.keeper.state(),
+            "place": self.batches.place(),
+            "random": randomness.capture(self.generators),
+        }
+        save_checkpoint(path, tensors, facts)
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint, if there is one of this training."""
+        path = self.resources.checkpoint
+        found = load_checkpoint(path) if path else None
+        if found is None:
+            return
+        tensors, facts = found
+        other = [name for name, value in self.identity.items() if facts["identity"].get(name) != value]
+        if other:
+            self.notes.append(f"the checkpoint was another training's (its {other[0]} differs): started anew")
+            return
+        self.step, self.images, self.rollbacks = facts["step"], facts["images"], facts["rollbacks"]
+        self.scale, self.notes, self.gradients.micro = facts["scale"], facts["notes"], facts["micro"]
+        self.begun -= facts["seconds"]
+        self.watch.put_back(facts["watch"])
+        self.recorder.put_back(facts["curves"])
+        self.keeper.put_back(facts["keeper"], without("best.", tensors))
+        self.held.put_back(without("mask.", tensors))
+        self.good = without("good.", tensors)
+        self.trained.put_back(without("now.", tensors))
+        self.batches.resume(facts["place"])
+        randomness.restore(facts["random"], self.generators)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,12 +52,23 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> 
             group["momentum"] = momentum
 
 
-class Held:
-    """Weights that masks keep at zero. `masks`: parameter name -> which of its weights train."""
+Masks = Mapping[str, Tensor]  # parameter name -> which of its weights train
+# Asked before step 0 to steps - 1: masks that hold from then on, None while they stay as they are.
+ChangingMasks = Callable[[int, int], Masks | None]
 
-    def __init__(self, student: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        stored = dict(student.named_parameters(remove_duplicate=False))
+
+class Held:
+    """Weights that masks keep at zero."""
+
+    def __init__(self, student: nn.Module, masks: Masks) -> None:
+        self._stored = dict(student.named_parameters(remove_duplicate=False))
+        self.put_back(masks)
+
+    def put_back(self, masks: Masks) -> None:
+        """Hold these masks from now on."""
+        stored = self._stored
         self._pairs = [(stored[n], mask.to(stored[n].device, stored[n].dtype)) for n, mask in masks.items()]
+        self.masks = {name: mask.detach() != 0 for name, mask in masks.items()}
         self.weights()
 
     def gradients(self) -> None:

@@ -27,9 +27,10 @@ class Placement:
     channels_last: bool
 
     @classmethod
-    def choose(cls, student: nn.Module, resources: Resources) -> Placement:
-        """For a model on what a training may use. Raises InputError for a device that isn't there."""
-        device = device_of(resources.device)
+    def choose(cls, student: nn.Module, resources: Resources, given: torch.device | None = None) -> Placement:
+        """For a model on what a training may use, and on the device that is `given` to this process, if one is. Raises
+        InputError for a device that isn't there."""
+        device = given or device_of(resources.device)
         four = any(parameter.ndim == 4 for parameter in student.parameters())
         return cls(device=device, precision=precision_of(resources, device), channels_last=four)
 

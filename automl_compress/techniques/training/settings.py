@@ -78,8 +78,10 @@ class Resources:
     precision           'auto' (see `placement.precision_of`), 'float32' or 'bfloat16'
     micro_batch         samples at a time; gradients of a batch's parts are added up. None: as many as fit in memory
     memory_bytes        what a step may take, 0: what the device has free
-    checkpoint          file to which the state is written and from which training goes on; None: none is kept
+    checkpoint          file to which the state is written and from which training goes on; None: none is kept. It
+                        stays, with the finished training in it, until the caller removes it.
     checkpoint_seconds  between two of them
+    accelerator         an `accelerate.Accelerator` where several processes train together, a GPU each
     """
 
     device: str = "auto"
@@ -88,6 +90,7 @@ class Resources:
     memory_bytes: int = 0
     checkpoint: Path | None = None
     checkpoint_seconds: float = 120.0
+    accelerator: Any = None
 
     def __post_init__(self) -> None:
         _check_choices(self)

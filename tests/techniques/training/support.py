@@ -16,7 +16,7 @@ from automl_compress.techniques.training.settings import Resources, Training
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(64, 3, generator=GENERATOR), torch.arange(64) % 4
-PLAIN = Resources(device="cpu", precision="float32")
+PLAIN = Resources(device="cpu", precision="float32", micro_batch=4096)
 
 
 class Plain:

@@ -1,0 +1,56 @@
+"""Training in several processes, a GPU each: every process reads the same batches and computes its part of them.
+
+Gradients, losses and the statistics of batch-norms are averaged after every step, so that all processes stay equal. The
+processes are started and connected by Hugging Face's accelerate (`accelerate launch`), an optional extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from automl_compress.errors import TrainingError
+from automl_compress.model.task import Batch
+
+
+class Processes:
+    """The processes that train together; just this one without an `accelerate.Accelerator`."""
+
+    def __init__(self, accelerator: Any = None) -> None:
+        self._accelerator = accelerator
+        self.count = 1 if accelerator is None else int(accelerator.num_processes)
+        self.index = 0 if accelerator is None else int(accelerator.process_index)
+
+    @property
+    def device(self) -> torch.device | None:
+        """This process's device, None where it is free to choose."""
+        return None if self._accelerator is None else self._accelerator.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.index == 0
+
+    def part(self, batch: Batch) -> Batch:
+        """This process's samples; all have equally many, a remainder is left out. Raises TrainingError."""
+        if self.count == 1:
+            return batch
+        inputs, targets = batch
+        share = len(targets) // self.count
+        if not share or any(len(part) != len(targets) for part in inputs):
+            raise TrainingError(
+                f"a batch of {len(targets)} can't be divided among {self.count} processes; use larger batches"
+            )
+        rows = slice(self.index * share, (self.index + 1) * share)
+        return tuple(part[rows] for part in inputs), targets[rows]
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        if self.count == 1 or not tensors:
+            return
+        flat = self._accelerator.reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), reduction="mean")
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view(tensor.shape))
