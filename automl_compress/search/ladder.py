@@ -30,7 +30,7 @@ from automl_compress.techniques.quantization.files import PREFIX, from_tensors, 
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.tune import Limits, Quantization
 from automl_compress.techniques.sparsify import held_masks
-from automl_compress.techniques.training.log import Curves, OnStep, TrainingLog
+from automl_compress.techniques.training.log import OnStep, TrainingLog
 from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Resources, Training
 
@@ -42,19 +42,21 @@ ROUNDING_RATE = 1 / 4
 SURVIVORS = 4
 # Steps of a quantized value are finer than bfloat16, and the quantized graph is computed on the processor.
 PRECISE = Resources(device="cpu", precision="float32")
-NOTHING_TRAINED = TrainingLog(label="training with rounding", curves=Curves(every=1), images=0, seconds=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A plan's recovered model: its selected channels, activation ranges, validation metric, weights and ONNX file."""
+    """A plan's recovered model: its selected channels, activation ranges, validation metric, weights and ONNX file.
+
+    training  what was trained for it, a `TrainingLog.to_json` each
+    """
 
     plan: Plan
     ranges: Mapping[str, Limits]
     metric: float
     weights: Path
     onnx: Path
-    losses: tuple[float, ...]
+    training: tuple[Mapping[str, Any], ...]
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -129,31 +131,33 @@ class Recovery:
         model, full = bench.student(plan)
         found = bench.quantization(model, full, thorough=rung == FULL)
         exported = bench.export(model, full, found)
-        metric, seconds = bench.metric(exported, "validation"), 0.0
-        losses: tuple[float, ...] = ()
+        metric = bench.metric(exported, "validation")
+        logs: list[TrainingLog] = []
         if schedule.epochs > 0:
-            masks = held_masks(model, bench.graph, full)
-            log = train(
-                model,
-                bench.task,
-                self._objective(full),
-                schedule,
-                seed=bench.seed,
-                masks=masks,
-                on_step=on_step,
-                label=f"{rung} distillation",
+            logs.append(
+                train(
+                    model,
+                    bench.task,
+                    self._objective(full),
+                    schedule,
+                    seed=bench.seed,
+                    masks=held_masks(model, bench.graph, full),
+                    on_step=on_step,
+                    resources=Resources(checkpoint=self._folder.file(*f"{name}.training".split("/"))),
+                    label=self._label(rung),
+                )
             )
-            losses, seconds = log.losses, log.seconds
             better = bench.quantization(model, full, thorough=rung == FULL)
             trained = bench.export(model, full, better)
             reached = bench.metric(trained, "validation")
             if rung == FULL and reached < self._unrounded(model, full):
-                learned, log = self._with_rounding(model, full, better, schedule, on_step)
+                learned, log = self._with_rounding(name, model, full, better, schedule, on_step)
                 rounded = bench.export(model, full, learned)
                 after = bench.metric(rounded, "validation")
-                seconds += log.seconds
+                if log is not None:
+                    logs.append(log)
                 if after > reached:
-                    better, trained, reached, losses = learned, rounded, after, (*losses, *log.losses)
+                    better, trained, reached = learned, rounded, after
             if reached >= metric:
                 exported, metric, found = trained, reached, better
             else:  # a schedule that is too short or too hot can undo what the one-shot repair had reached
@@ -161,27 +165,37 @@ class Recovery:
         state = {key: value.contiguous() for key, value in model.state_dict().items()} | to_tensors(found)
         weights = self._folder.write_bytes(f"{name}.safetensors", save(_apart(state)))
         path = self._folder.write_bytes(f"{name}.onnx", exported.SerializeToString())
+        training = tuple(log.to_json() for log in logs)
+        notes = (*found.notes, *(f"{log.label}: {note}" for log in logs for note in log.notes))
+        seconds = sum(log.seconds for log in logs)
         record = {
             "plan": full.to_json(self._bench.graph),
             "ranges": {value: list(limits) for value, limits in found.ranges.items()},
-            "notes": list(found.notes),
+            "notes": list(notes),
             "metric": metric,
-            "losses": list(losses),
+            "training": list(training),
             "seconds": seconds,
             "epochs": schedule.epochs,
             "distillation": str(self._losses),
         }
         self._folder.write_json(f"{name}.json", record)  # last: its presence says that the others are complete
+        for checkpoint in (f"{name}.training", f"{name}.rounding"):
+            (self._folder.path / checkpoint).unlink(missing_ok=True)
         return Candidate(
             plan=full,
             ranges=found.ranges,
-            notes=found.notes,
+            notes=notes,
             metric=metric,
             weights=weights,
             onnx=path,
-            losses=losses,
+            training=training,
             seconds=seconds,
         )
+
+    def _label(self, rung: str) -> str:
+        """Says what is learned, too, where it isn't the default: a checkpoint of other losses is another training's."""
+        what = "" if str(self._losses) == DEFAULT else f" ({self._losses})"
+        return f"{rung} distillation{what}"
 
     def _objective(self, plan: Plan) -> Distillation:
         bench = self._bench
@@ -195,15 +209,15 @@ class Recovery:
         return self._bench.metric(self._bench.export(model, replace(plan, bits={})), "validation")
 
     def _with_rounding(
-        self, model: nn.Module, plan: Plan, found: Quantization, schedule: Training, on_step: OnStep | None
-    ) -> tuple[Quantization, TrainingLog]:
+        self, name: str, model: nn.Module, plan: Plan, found: Quantization, schedule: Training, on_step: OnStep | None
+    ) -> tuple[Quantization, TrainingLog | None]:
         """The last part of distillation, with rounding and learned scales; nothing where the graph doesn't allow it."""
         bench = self._bench
         try:
             student = bench.trainable(model, plan, found)
         except ExportError as error:
             note = f"no training with rounding: {error}"
-            return replace(found, notes=(*found.notes, note)), NOTHING_TRAINED
+            return replace(found, notes=(*found.notes, note)), None
         rounding = replace(
             schedule, epochs=schedule.epochs * ROUNDING_SHARE, learning_rate=schedule.learning_rate * ROUNDING_RATE
         )
@@ -216,7 +230,7 @@ class Recovery:
             seed=bench.seed,
             masks=masks,
             on_step=on_step,
-            resources=PRECISE,
+            resources=replace(PRECISE, checkpoint=self._folder.file(*f"{name}.rounding".split("/"))),
             label="training with rounding",
         )
         note = f"scales and weights trained with rounding for {rounding.epochs:g} epochs"
@@ -236,7 +250,7 @@ class Recovery:
                 metric=float(record["metric"]),
                 weights=self._folder.file(*f"{name}.safetensors".split("/")),
                 onnx=self._folder.file(*f"{name}.onnx".split("/")),
-                losses=tuple(record["losses"]),
+                training=tuple(record.get("training", ())),
                 seconds=float(record["seconds"]),
             )
         except (KeyError, TypeError, ValueError) as error:

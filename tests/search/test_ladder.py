@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import PlanError, RunFolderError
 from automl_compress.model.task import accuracy
+from automl_compress.search import ladder
 from automl_compress.search.ladder import (
     SHORT_SHARE,
     Candidate,
@@ -28,7 +30,8 @@ from automl_compress.search.ladder import (
 from automl_compress.techniques.distillation.features import layer_inputs
 from automl_compress.techniques.distillation.losses import parse_losses
 from automl_compress.techniques.distillation.pairing import pair_layers
-from automl_compress.techniques.training.settings import Training
+from automl_compress.techniques.training.log import StepReport
+from automl_compress.techniques.training.settings import Resources, Training
 from tests.search import campaigns
 
 PLAN = Plan(sparsity={"block.conv1": 0.5, "down": 0.5}, bits={"down": 8})
@@ -97,6 +100,35 @@ def test_another_schedule_plan_or_loss_is_trained(folder: RunFolder) -> None:
     assert recover(folder, losses="task")[1] >= 4
 
 
+def test_a_kill_in_the_middle_of_training_costs_at_most_a_part_of_it(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "Resources", partial(Resources, checkpoint_seconds=0.0))
+    monkeypatch.setattr(ladder, "PRECISE", Resources(device="cpu", precision="float32", checkpoint_seconds=0.0))
+    plan, schedule = Plan(bits=dict.fromkeys(campaigns.graph().layer, 4)), Training(epochs=2)
+    whole, steps = recover(folder, plan, schedule)
+    for file in folder.path.glob("candidates/*"):
+        file.unlink()
+    made = []
+    for stop in (3, 6, 9, steps + 1):  # in the distillation, and in the training with rounding
+
+        def on_step(report: StepReport, stop: int = stop) -> None:
+            made.append(report.label)
+            if len(made) == stop:
+                raise KeyboardInterrupt
+
+        recovery = Recovery(campaigns.bench(), folder)
+        try:
+            again = recovery.recover(plan, "full", schedule, on_step)
+        except KeyboardInterrupt:
+            assert list(folder.path.glob("candidates/*.training"))
+    assert len(made) == steps
+    assert len(set(made)) == 2
+    assert torch.equal(load_file(again.weights)["head.weight"], load_file(whole.weights)["head.weight"])
+    assert again.onnx.read_bytes() == whole.onnx.read_bytes()
+    assert sorted(path.suffix for path in folder.path.glob("candidates/*")) == [".json", ".onnx", ".safetensors"]
+
+
 @pytest.mark.parametrize("gone", ["json", "cut short"])
 def test_what_a_kill_left_behind_is_made_again(folder: RunFolder, gone: str) -> None:
     """The record is written last, so without it the other files count for nothing."""
@@ -114,7 +146,7 @@ def test_what_a_kill_left_behind_is_made_again(folder: RunFolder, gone: str) -> 
 
 def test_without_epochs_the_repaired_model_is_delivered(folder: RunFolder) -> None:
     candidate, steps = recover(folder, schedule=Training(epochs=0))
-    assert (steps, candidate.losses) == (0, ())
+    assert (steps, candidate.training) == (0, ())
     assert candidate.metric == pytest.approx(measured(candidate.onnx), abs=1e-6)
 
 

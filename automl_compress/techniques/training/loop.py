@@ -246,6 +246,7 @@ class _Run:
         return {
             **asdict(self.training),
             "seed": self.seed,
+            "label": self.label,
             "steps": self.steps,
             "computed": self.placement.words,
             "processes": self.processes.count,
