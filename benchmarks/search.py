@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import common
+import search_budgets
+import search_delivered
 import search_evaluations
 import torch
 from search_laboratory import CACHE, Laboratory, open_laboratory
@@ -22,7 +24,7 @@ from search_laboratory import CACHE, Laboratory, open_laboratory
 from automl_compress.progress import Progress, make_progress
 
 Rows = list[dict[str, Any]]
-PARTS = {"a": "by_evaluations"}
+PARTS = {"a": "by_evaluations", "c": "delivered", "e": "budgets"}
 
 
 def main() -> None:
@@ -33,6 +35,15 @@ def main() -> None:
     options.add_argument("--methods", nargs="*", default=list(search_evaluations.METHODS), help="of part a")
     options.add_argument("--budgets", nargs="*", type=float, default=list(search_evaluations.SHARES), metavar="SHARE")
     options.add_argument("--seeds", type=int, help="of part a (default 5; 1 with --quick)")
+    options.add_argument("--epochs", nargs="*", type=float, default=[3, 10], help="of part c (default: 3 10)")
+    options.add_argument(
+        "--steps",
+        nargs="*",
+        choices=search_delivered.STEPS,
+        default=list(search_delivered.STEPS),
+        help="of part c: cuts and timing measure, and want an idle core; models trains (default: all)",
+    )
+    options.add_argument("--runs", type=int, help="of part e (default 20; 2 with --quick)")
     given = options.parse_args()
     parts = [part for part in given.parts.split(",") if part]
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -40,11 +51,14 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, Rows] = {}
     with make_progress(sys.stderr) as progress:
-        if {"a"} & set(parts):
+        if {"a", "c"} & set(parts):
             with open_laboratory(
                 given.data, given.weights, cache=given.cache, profile=given.profile, progress=progress
             ) as laboratory:
                 figures |= with_laboratory(laboratory, given, parts, progress)
+        if "e" in parts:
+            runs = given.runs or (2 if given.quick else search_budgets.RUNS)
+            figures["budgets"] = search_budgets.run(given.cache, runs=runs, profile=given.profile, progress=progress)
     write(given.json, figures, quick=given.quick)
 
 
@@ -53,14 +67,28 @@ def with_laboratory(
 ) -> dict[str, Rows]:
     """The parts about ResNet-20."""
     figures: dict[str, Rows] = {}
+    shares = given.budgets[: 1 if given.quick else None]
+    counts = search_evaluations.COUNTS[: 1 if given.quick else None]
+    seeds = given.seeds or (1 if given.quick else 5)
     if "a" in parts:
         figures["by_evaluations"] = search_evaluations.run(
             laboratory,
             given.cache,
             methods=given.methods,
-            shares=given.budgets[: 1 if given.quick else None],
-            counts=search_evaluations.COUNTS[: 1 if given.quick else None],
-            seeds=given.seeds or (1 if given.quick else 5),
+            shares=shares,
+            counts=counts,
+            seeds=seeds,
+            progress=progress,
+        )
+    if "c" in parts:
+        figures["delivered"] = search_delivered.run(
+            laboratory,
+            given.cache,
+            shares=shares,
+            epochs=[0.5] if given.quick else given.epochs,
+            seeds=seeds,
+            count=max(counts),
+            steps=given.steps,
             progress=progress,
         )
     return figures

@@ -30,7 +30,8 @@ from automl_compress.search.sampler import make_sampler
 from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
 from automl_compress.search.study import Objective, ranked, run_trials, seed_plans
 
-METHODS = ("budget", "milp", "random", "nsga2", "tpe", "nsga2-fitted", "tpe-fitted", "gp")
+OURS = "budget"
+METHODS = (OURS, MILP, "random", "nsga2", "tpe", "nsga2-fitted", "tpe-fitted", "gp")
 SHARES = (0.40, 0.35, 0.30, 0.25)
 COUNTS = (25, 50, 100, 200)
 CHANCE = 0.1
@@ -67,6 +68,20 @@ def run(
             keys = [_key(laboratory, method, share, s, max(counts)) for s in range(1 if method == MILP else seeds)]
             rows += [_row(method, share, count, [done.known[key]["values"] for key in keys]) for count in counts]
     return rows
+
+
+def best_plans(laboratory: Laboratory, cache: Path, share: float, *, seeds: int, count: int) -> list[Plan]:
+    """The best plans that the product's sampler found at a budget over all seeds that were run, best first."""
+    done = Lines(cache / "searches.jsonl")
+    keys = [_key(laboratory, OURS, share, seed, count) for seed in range(seeds)]
+    found = {}
+    for key in keys:
+        for data in done.known.get(key, {}).get("best", []):
+            plan = Plan.from_json(data, laboratory.bench.graph)
+            found[plan.key] = plan
+    if not found:
+        raise SystemExit(f"part c needs part a's searches with method {OURS} at {share:.0%}: run part a first")
+    return sorted(found.values(), key=lambda plan: -laboratory.evaluate(plan))
 
 
 def _row(method: str, share: float, count: int, histories: Sequence[History]) -> dict[str, Any]:
@@ -114,7 +129,7 @@ def search(laboratory: Laboratory, method: str, share: float, seed: int, count: 
         predict=lambda plan: laboratory.predict(fit(plan)),
         evaluate=lambda plan: laboratory.evaluate(fit(plan)),
     )
-    if method == "budget":
+    if method == OURS:
         seed_plans(study, laboratory.space, simple_plans(laboratory.space) | {MILP: milp(laboratory, share)})
     run_trials(study, objective, count, repeats=count)
     best = [fit(laboratory.space.plan(trial.params)) for trial in ranked(study, KEPT)]
@@ -161,6 +176,6 @@ def _once(function: Callable[[Plan], Plan]) -> Callable[[Plan], Plan]:
 
 def _key(laboratory: Laboratory, method: str, share: float, seed: int, count: int) -> str:
     """Runs of the product's sampler are made again when its code has changed, all when the space has."""
-    text = "".join(inspect.getsource(module) for module in (sampler, decode, learn)) if method == "budget" else ""
+    text = "".join(inspect.getsource(module) for module in (sampler, decode, learn)) if method == OURS else ""
     version = hashlib.sha256((laboratory.space.fingerprint + text).encode()).hexdigest()[:8]
     return f"{method} {share:.2f} seed {seed} of {count} {version}"

@@ -32,7 +32,7 @@ from automl_compress.techniques.repair import kept_rows
 FITTING_IMAGES, ROWS, CALIBRATION_IMAGES, VALIDATION_IMAGES = 128, 2048, 256, 1000
 _DAMPING = 1e-1  # of the mean diagonal of the Gram matrix
 _STEPS = 3  # majorise-minimise behind a rectifier
-_BATCH = 125
+_BATCH = 25
 
 
 class Lines:

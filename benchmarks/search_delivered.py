@@ -1,0 +1,223 @@
+"""Part (c): models delivered at a latency budget by the search and by other routes, after the same recovery.
+
+Every route is a ladder of cuts (`search_peers`), and the largest of them whose 8-bit model was measured within the
+budget is taken. The search's plans come from part (a)'s run of the product's sampler; those that are within the budget
+when measured are judged by the product's own one-shot metric, the best of them by a short distillation, as in the
+product's ladder. Then all get the same distillation, calibration and export, the product's defaults; other routes
+start from the weights that they cut, the search's plan from its repaired ones. The test images are read once a model.
+In the end all models take turns in one run of bursts beside the original.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+from search_evaluations import best_plans
+from search_evaluator import Lines
+from search_laboratory import Laboratory
+from search_peers import ROUTES, UNTOUCHED, cuts
+from torch import nn
+
+from automl_compress.core.plan import Plan
+from automl_compress.hardware.timer import ratio
+from automl_compress.progress import Progress
+from automl_compress.search.ladder import short
+from automl_compress.techniques.distillation.objective import Distillation
+from automl_compress.techniques.prune import apply_plan
+from automl_compress.techniques.training.loop import train
+from automl_compress.techniques.training.settings import Training
+
+OURS = "search"
+STEPS = ("cuts", "models", "timing")
+_AIM = 0.985  # of the budget: a model's latency is not the same in two runs
+_TURN = 8
+_FINALISTS, _SHORT = 8, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One model to deliver. `plan` None: the route reaches no model within the budget."""
+
+    route: str
+    share: float
+    epochs: float
+    plan: Plan | None = None
+    name: str = ""
+
+
+class Deliveries:
+    """What was cut, trained and timed so far, below `cache`."""
+
+    def __init__(self, laboratory: Laboratory, cache: Path, progress: Progress, *, seeds: int, count: int) -> None:
+        self.laboratory, self.progress, self._seeds, self._count = laboratory, progress, seeds, count
+        self._folder = cache / "models"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._ratios = Lines(cache / "cuts.jsonl")
+        self._one_shot = Lines(cache / "one-shot.jsonl")
+        self._found = Lines(cache / "models.jsonl")
+        self._timings = Lines(cache / "timings.jsonl")
+        self._cache = cache
+        self._routes = cuts(laboratory, cache, progress)
+
+    def measure_cuts(self, shares: Sequence[float]) -> None:
+        """Measure every route's cuts and the search's finalists in 8 bits beside the original."""
+        plans = {name: plan for ladder in self._routes.values() for name, plan in ladder.items()}
+        for share in shares:
+            plans |= {f"{OURS}-{plan.key}": plan for plan in self._finalists(share)}
+        missing = [name for name in plans if name not in self._ratios.known]
+        self.progress.stage("measuring cuts", len(missing))
+        for start in range(0, len(missing), _TURN):
+            names = missing[start : start + _TURN]
+            models = {name: self.laboratory.bench.structure(plans[name]) for name in names}
+            found = self._latencies(models)
+            for name in names:
+                self._ratios.add(name, found[name])
+                self.progress.advance()
+
+    def items(self, shares: Sequence[float], epochs: Sequence[float]) -> list[Item]:
+        """What is to be delivered, the search first."""
+        found = []
+        for length in epochs:
+            for share in shares:
+                plan = self._searched(share)
+                found.append(Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}"))
+            for route in (UNTOUCHED, *ROUTES):
+                found += [self._cut(route, share, length) for share in shares]
+        return found
+
+    def deliver(self, item: Item) -> None:
+        """Recover, export and test one model, unless that was done."""
+        if item.plan is None or self._key(item) in self._found.known:
+            return
+        self.progress.stage(f"{item.name}: {item.epochs:g} epochs", None)
+        bench = self.laboratory.bench
+        model, plan = self._start(item.route, item.plan)
+        self._train(model, item.epochs)
+        exported = bench.export(model, plan, bench.quantization(model, plan, thorough=True))
+        onnx.save(exported, self._path(item))
+        validation, test = (bench.metric(exported, split) for split in ("validation", "test"))
+        self._found.add(self._key(item), {"validation": validation, "accuracy": test, "plan": plan.to_json()})
+
+    def rows(self, items: Sequence[Item]) -> list[dict[str, Any]]:
+        """`route, budget, epochs, accuracy, latency_ratio, size_ratio, met`; accuracy None where nothing is within the
+        budget. Models that are not trained yet have no row."""
+        ready = [item for item in items if item.plan is not None and self._key(item) in self._found.known]
+        timings = self._timed(ready)
+        original = self.laboratory.bench.original.ByteSize()
+        result = []
+        for item in items:
+            row: dict[str, Any] = {"route": item.route, "budget": item.share, "epochs": item.epochs}
+            if item.plan is None:
+                result.append({**row, "accuracy": None, "latency_ratio": None, "size_ratio": None, "met": False})
+            elif item in ready:
+                share = timings[self._key(item)]
+                size = self._path(item).stat().st_size / original
+                accuracy = self._found.known[self._key(item)]["accuracy"]
+                met = share <= item.share
+                result.append({**row, "accuracy": accuracy, "latency_ratio": share, "size_ratio": size, "met": met})
+        return result
+
+    def untouched_ratio(self) -> float | None:
+        """The latency of the original in 8 bits over that in 32, as measured with the cuts."""
+        return self._ratios.known.get(UNTOUCHED)
+
+    def _timed(self, items: Sequence[Item]) -> Mapping[str, float]:
+        """All models in one run of bursts; again when one is new."""
+        paths = {self._key(item): self._path(item) for item in items}
+        key = json.dumps(sorted(paths))
+        if key not in self._timings.known:
+            self.progress.stage("timing the delivered models", None)
+            with self.laboratory.forecast.device.saved(self.laboratory.bench.original) as original:
+                found = self.laboratory.forecast.device.compare({"original": original, **paths}, bursts=40)
+            self._timings.add(key, {name: ratio(found, name, "original") for name in paths})
+        return dict(self._timings.known[key])
+
+    def _latencies(self, models: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
+        device = self.laboratory.forecast.device
+        with ExitStack() as files:
+            models = {"original": self.laboratory.bench.original, **models}
+            paths = {name: files.enter_context(device.saved(model)) for name, model in models.items()}
+            found = device.compare(paths)
+        return {name: ratio(found, name, "original") for name in models}
+
+    def _cut(self, route: str, share: float, epochs: float) -> Item:
+        """The largest of a route's cuts that was measured within the budget."""
+        item = Item(route=route, share=share, epochs=epochs)
+        fits = [name for name in self._routes[route] if self._ratios.known[name] <= _AIM * share]
+        if not fits:
+            return item
+        graph = self.laboratory.bench.graph
+        best = max(fits, key=lambda name: sum(a * b for a, b in self._routes[route][name].widths(graph).values()))
+        return replace(item, plan=self._routes[route][best], name=best)
+
+    def _finalists(self, share: float) -> list[Plan]:
+        return best_plans(self.laboratory, self._cache, share, seeds=self._seeds, count=self._count)[: 2 * _FINALISTS]
+
+    def _searched(self, share: float) -> Plan:
+        """The search's choice: of its best plans that were measured within the budget, by one-shot metric, then by
+        short distillation."""
+        pool = [p for p in self._finalists(share) if self._ratios.known[f"{OURS}-{p.key}"] <= _AIM * share]
+        if not pool:
+            raise SystemExit(f"none of the search's best plans is within {share:.0%} when measured")
+        self.progress.stage(f"judging the search's finalists at {share:.0%}", len(pool[:_FINALISTS]))
+        for plan in pool[:_FINALISTS]:
+            if plan.key not in self._one_shot.known:
+                self._one_shot.add(plan.key, self.laboratory.bench.one_shot(plan))
+            self.progress.advance()
+        best = sorted(pool[:_FINALISTS], key=lambda plan: -self._one_shot.known[plan.key])[:_SHORT]
+        for plan in best:
+            if f"short {plan.key}" not in self._one_shot.known:
+                model, full = self._start(OURS, plan)
+                self._train(model, short(Training()).epochs)
+                metric = self.laboratory.bench.metric(self.laboratory.bench.export(model, full), "validation")
+                self._one_shot.add(f"short {plan.key}", metric)
+        return max(best, key=lambda plan: float(self._one_shot.known[f"short {plan.key}"]))
+
+    def _start(self, route: str, plan: Plan) -> tuple[nn.Module, Plan]:
+        """The model that training starts from: repaired for the search alone."""
+        bench = self.laboratory.bench
+        return bench.student(plan) if route == OURS else (apply_plan(bench.teacher, bench.graph, plan), plan)
+
+    def _train(self, model: nn.Module, epochs: float) -> None:
+        bench = self.laboratory.bench
+        train(model, bench.task, Distillation(bench.task, bench.teacher), Training(epochs=epochs), seed=0)
+
+    def _key(self, item: Item) -> str:
+        return f"{item.name} {item.epochs:g}"
+
+    def _path(self, item: Item) -> Path:
+        return self._folder / f"{item.name}-{item.epochs:g}.onnx"
+
+
+def run(
+    laboratory: Laboratory,
+    cache: Path,
+    *,
+    shares: Sequence[float],
+    epochs: Sequence[float],
+    seeds: int,
+    count: int,
+    steps: Sequence[str] = STEPS,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """What the search of part (a) found after `count` trials with each of `seeds`, and the other routes.
+
+    The steps that are named: `cuts` and `timing` measure and want an idle core, `models` trains.
+    """
+    deliveries = Deliveries(laboratory, cache, progress, seeds=seeds, count=count)
+    if "cuts" in steps:
+        deliveries.measure_cuts(shares)
+        progress.note(f"in 8 bits with nothing removed: {deliveries.untouched_ratio():.3f} of the original's latency")
+    if not {"models", "timing"} & set(steps):
+        return []
+    items = deliveries.items(shares, epochs)
+    if "models" in steps:
+        for item in items:
+            deliveries.deliver(item)
+    return deliveries.rows(items) if "timing" in steps else []
