@@ -41,7 +41,7 @@ def main() -> None:
         nargs="*",
         choices=search_delivered.STEPS,
         default=list(search_delivered.STEPS),
-        help="of part c: cuts and timing measure, and want an idle core; models trains (default: all)",
+        help="of part c: models trains, the others measure and want an idle core (default: all)",
     )
     options.add_argument("--runs", type=int, help="of part e (default 20; 2 with --quick)")
     given = options.parse_args()

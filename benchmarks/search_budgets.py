@@ -2,12 +2,10 @@
 
 What a run delivered is measured again, in a run of bursts of its own beside the original. Two measurements of one model
 differ by a percent or so, so a model right at its budget may be on either side the second time: both are counted.
-Sensitivities are those of the first run, to save time: they decide nothing about budgets.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,10 +46,6 @@ def limits_of(number: int) -> dict[str, str]:
 def _one(folder: Path, number: int, profile: str) -> dict[str, Any]:
     limits: Any = limits_of(number)
     output = folder / f"run-{number}"
-    first = folder / "run-0" / "sensitivity.jsonl"
-    if number and first.exists() and not (output / first.name).exists():
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.copy(first, output)
     result = compress(
         str(DIGITS), profile=profile, trials=_TRIALS, epochs=_EPOCHS, seed=number, output=output, **limits
     )

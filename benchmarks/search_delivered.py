@@ -34,7 +34,7 @@ from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Training
 
 OURS = "search"
-STEPS = ("cuts", "models", "timing")
+STEPS = ("cuts", "finalists", "models", "timing")
 _AIM = 0.985  # of the budget: a model's latency is not the same in two runs
 _TURN = 8
 _FINALISTS, _SHORT = 8, 3
@@ -65,17 +65,20 @@ class Deliveries:
         self._cache = cache
         self._routes = cuts(laboratory, cache, progress)
 
-    def measure_cuts(self, shares: Sequence[float]) -> None:
-        """Measure every route's cuts and the search's finalists in 8 bits beside the original."""
-        plans = {name: plan for ladder in self._routes.values() for name, plan in ladder.items()}
-        for share in shares:
-            plans |= {f"{OURS}-{plan.key}": plan for plan in self._finalists(share)}
+    def measure_cuts(self) -> None:
+        """Measure every route's cuts in 8 bits beside the original."""
+        self._measure({name: plan for ladder in self._routes.values() for name, plan in ladder.items()})
+
+    def measure_finalists(self, shares: Sequence[float]) -> None:
+        """Measure the search's best plans."""
+        self._measure({f"{OURS}-{plan.key}": plan for share in shares for plan in self._finalists(share)})
+
+    def _measure(self, plans: Mapping[str, Plan]) -> None:
         missing = [name for name in plans if name not in self._ratios.known]
-        self.progress.stage("measuring cuts", len(missing))
+        self.progress.stage("measuring models before they are trained", len(missing))
         for start in range(0, len(missing), _TURN):
             names = missing[start : start + _TURN]
-            models = {name: self.laboratory.bench.structure(plans[name]) for name in names}
-            found = self._latencies(models)
+            found = self._latencies({name: self.laboratory.bench.structure(plans[name]) for name in names})
             for name in names:
                 self._ratios.add(name, found[name])
                 self.progress.advance()
@@ -208,12 +211,14 @@ def run(
 ) -> list[dict[str, Any]]:
     """What the search of part (a) found after `count` trials with each of `seeds`, and the other routes.
 
-    The steps that are named: `cuts` and `timing` measure and want an idle core, `models` trains.
+    The steps that are named: `models` trains, the others measure and want an idle core.
     """
     deliveries = Deliveries(laboratory, cache, progress, seeds=seeds, count=count)
     if "cuts" in steps:
-        deliveries.measure_cuts(shares)
+        deliveries.measure_cuts()
         progress.note(f"in 8 bits with nothing removed: {deliveries.untouched_ratio():.3f} of the original's latency")
+    if "finalists" in steps:
+        deliveries.measure_finalists(shares)
     if not {"models", "timing"} & set(steps):
         return []
     items = deliveries.items(shares, epochs)

@@ -29,7 +29,7 @@ from automl_compress.techniques.quantization.calibrate import activation_tensors
 from automl_compress.techniques.quantization.tune import Calibration, Quantization, quantized
 from automl_compress.techniques.repair import kept_rows
 
-FITTING_IMAGES, ROWS, CALIBRATION_IMAGES, VALIDATION_IMAGES = 128, 2048, 256, 1000
+FITTING_IMAGES, ROWS, CALIBRATION_IMAGES, VALIDATION_IMAGES = 128, 2048, 256, 500
 _DAMPING = 1e-1  # of the mean diagonal of the Gram matrix
 _STEPS = 3  # majorise-minimise behind a rectifier
 _BATCH = 25
