@@ -1,7 +1,8 @@
 """How good are the models that a search finds, by evaluations, against optima that are known, and when delivered?
 
-Parts: a quality by evaluations, b regret, c delivered models, d own costs, e budgets kept. Whatever is finished is
-kept below --cache, a line an item, so that the same command goes on where it was stopped.
+Parts: a quality by evaluations, b regret, c delivered models, d own costs, e budgets kept, f the cached evaluations
+against the product's. Whatever is finished is kept below --cache, a line an item, so that the same command goes on where
+it was stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from search_laboratory import CACHE, Laboratory, open_laboratory
 from automl_compress.progress import Progress, make_progress
 
 Rows = list[dict[str, Any]]
-PARTS = {"a": "by_evaluations", "c": "delivered", "e": "budgets"}
+PARTS = {"a": "by_evaluations", "c": "delivered", "e": "budgets", "f": "evaluator"}
 
 
 def main() -> None:
@@ -34,6 +35,10 @@ def main() -> None:
     options.add_argument("--profile", default="local", help="device profile (default: local)")
     options.add_argument("--methods", nargs="*", default=list(search_evaluations.METHODS), help="of part a")
     options.add_argument("--budgets", nargs="*", type=float, default=list(search_evaluations.SHARES), metavar="SHARE")
+    options.add_argument(
+        "--evaluations", nargs="*", type=int, default=list(search_evaluations.COUNTS), help="of part a"
+    )
+    options.add_argument("--minutes", type=float, help="of part a, after which no further search is begun")
     options.add_argument("--seeds", type=int, help="of part a (default 5; 1 with --quick)")
     options.add_argument("--epochs", nargs="*", type=float, default=[3, 10], help="of part c (default: 3 10)")
     options.add_argument(
@@ -51,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, Rows] = {}
     with make_progress(sys.stderr) as progress:
-        if {"a", "c"} & set(parts):
+        if {"a", "c", "f"} & set(parts):
             with open_laboratory(
                 given.data, given.weights, cache=given.cache, profile=given.profile, progress=progress
             ) as laboratory:
@@ -68,7 +73,7 @@ def with_laboratory(
     """The parts about ResNet-20."""
     figures: dict[str, Rows] = {}
     shares = given.budgets[: 1 if given.quick else None]
-    counts = search_evaluations.COUNTS[: 1 if given.quick else None]
+    counts = given.evaluations[: 1 if given.quick else None]
     seeds = given.seeds or (1 if given.quick else 5)
     if "a" in parts:
         figures["by_evaluations"] = search_evaluations.run(
@@ -78,8 +83,11 @@ def with_laboratory(
             shares=shares,
             counts=counts,
             seeds=seeds,
+            deadline=time.monotonic() + 60 * given.minutes if given.minutes else None,
             progress=progress,
         )
+    if "f" in parts:
+        figures["evaluator"] = search_evaluations.fidelity(laboratory, given.cache, progress=progress)
     if "c" in parts:
         figures["delivered"] = search_delivered.run(
             laboratory,
@@ -87,7 +95,6 @@ def with_laboratory(
             shares=shares,
             epochs=[0.5] if given.quick else given.epochs,
             seeds=seeds,
-            count=max(counts),
             steps=given.steps,
             progress=progress,
         )

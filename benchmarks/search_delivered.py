@@ -1,11 +1,12 @@
 """Part (c): models delivered at a latency budget by the search and by other routes, after the same recovery.
 
 Every route is a ladder of cuts (`search_peers`), and the largest of them whose 8-bit model was measured within the
-budget is taken. The search's plans come from part (a)'s run of the product's sampler; those that are within the budget
-when measured are judged by the product's own one-shot metric, the best of them by a short distillation, as in the
-product's ladder. Then all get the same distillation, calibration and export, the product's defaults; other routes
-start from the weights that they cut, the search's plan from its repaired ones. The test images are read once a model.
-In the end all models take turns in one run of bursts beside the original.
+budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search's plans come
+from part (a)'s run of the product's sampler; those that are within the budget when measured are judged by the product's
+own one-shot metric, the best of them by a short distillation, as in the product's ladder. Then all get the same
+distillation, calibration and export, the product's defaults; other routes start from the weights that they cut, the
+search's plan from its repaired ones. The test images are read once a model. In the end all models take turns in one run
+of bursts beside the original.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,20 @@ _FINALISTS, _SHORT = 8, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One model to deliver. `plan` None: the route reaches no model within the budget."""
+    """One model to deliver."""
 
     route: str
     share: float
     epochs: float
-    plan: Plan | None = None
-    name: str = ""
+    plan: Plan
+    name: str
 
 
 class Deliveries:
     """What was cut, trained and timed so far, below `cache`."""
 
-    def __init__(self, laboratory: Laboratory, cache: Path, progress: Progress, *, seeds: int, count: int) -> None:
-        self.laboratory, self.progress, self._seeds, self._count = laboratory, progress, seeds, count
+    def __init__(self, laboratory: Laboratory, cache: Path, progress: Progress, *, seeds: int) -> None:
+        self.laboratory, self.progress, self._seeds = laboratory, progress, seeds
         self._folder = cache / "models"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._ratios = Lines(cache / "cuts.jsonl")
@@ -96,7 +97,7 @@ class Deliveries:
 
     def deliver(self, item: Item) -> None:
         """Recover, export and test one model, unless that was done."""
-        if item.plan is None or self._key(item) in self._found.known:
+        if self._key(item) in self._found.known:
             return
         self.progress.stage(f"{item.name}: {item.epochs:g} epochs", None)
         bench = self.laboratory.bench
@@ -108,23 +109,23 @@ class Deliveries:
         self._found.add(self._key(item), {"validation": validation, "accuracy": test, "plan": plan.to_json()})
 
     def rows(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """`route, budget, epochs, accuracy, latency_ratio, size_ratio, met`; accuracy None where nothing is within the
-        budget. Models that are not trained yet have no row."""
-        ready = [item for item in items if item.plan is not None and self._key(item) in self._found.known]
+        """`route, budget, epochs, accuracy, latency_ratio, size_ratio, met` and the cut's `name`, of trained models."""
+        ready = [item for item in items if self._key(item) in self._found.known]
         timings = self._timed(ready)
         original = self.laboratory.bench.original.ByteSize()
-        result = []
-        for item in items:
-            row: dict[str, Any] = {"route": item.route, "budget": item.share, "epochs": item.epochs}
-            if item.plan is None:
-                result.append({**row, "accuracy": None, "latency_ratio": None, "size_ratio": None, "met": False})
-            elif item in ready:
-                share = timings[self._key(item)]
-                size = self._path(item).stat().st_size / original
-                accuracy = self._found.known[self._key(item)]["accuracy"]
-                met = share <= item.share
-                result.append({**row, "accuracy": accuracy, "latency_ratio": share, "size_ratio": size, "met": met})
-        return result
+        return [
+            {
+                "route": item.route,
+                "budget": item.share,
+                "epochs": item.epochs,
+                "accuracy": self._found.known[self._key(item)]["accuracy"],
+                "latency_ratio": timings[self._key(item)],
+                "size_ratio": self._path(item).stat().st_size / original,
+                "met": timings[self._key(item)] <= item.share,
+                "name": item.name,
+            }
+            for item in ready
+        ]
 
     def untouched_ratio(self) -> float | None:
         """The latency of the original in 8 bits over that in 32, as measured with the cuts."""
@@ -150,17 +151,18 @@ class Deliveries:
         return {name: ratio(found, name, "original") for name in models}
 
     def _cut(self, route: str, share: float, epochs: float) -> Item:
-        """The largest of a route's cuts that was measured within the budget."""
-        item = Item(route=route, share=share, epochs=epochs)
-        fits = [name for name in self._routes[route] if self._ratios.known[name] <= _AIM * share]
-        if not fits:
-            return item
-        graph = self.laboratory.bench.graph
-        best = max(fits, key=lambda name: sum(a * b for a, b in self._routes[route][name].widths(graph).values()))
-        return replace(item, plan=self._routes[route][best], name=best)
+        """The largest of a route's cuts that was measured within the budget; where none is, the fastest."""
+        ladder, graph = self._routes[route], self.laboratory.bench.graph
+        fits = [name for name in ladder if self._ratios.known[name] <= _AIM * share]
+
+        def weights(name: str) -> int:
+            return sum(inputs * outputs for inputs, outputs in ladder[name].widths(graph).values())
+
+        best = max(fits, key=weights) if fits else min(ladder, key=lambda name: float(self._ratios.known[name]))
+        return Item(route=route, share=share, epochs=epochs, plan=ladder[best], name=best)
 
     def _finalists(self, share: float) -> list[Plan]:
-        return best_plans(self.laboratory, self._cache, share, seeds=self._seeds, count=self._count)[: 2 * _FINALISTS]
+        return best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[: 2 * _FINALISTS]
 
     def _searched(self, share: float) -> Plan:
         """The search's choice: of its best plans that were measured within the budget, by one-shot metric, then by
@@ -205,15 +207,14 @@ def run(
     shares: Sequence[float],
     epochs: Sequence[float],
     seeds: int,
-    count: int,
     steps: Sequence[str] = STEPS,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """What the search of part (a) found after `count` trials with each of `seeds`, and the other routes.
+    """What the search of part (a) found with each of `seeds`, and the other routes.
 
     The steps that are named: `models` trains, the others measure and want an idle core.
     """
-    deliveries = Deliveries(laboratory, cache, progress, seeds=seeds, count=count)
+    deliveries = Deliveries(laboratory, cache, progress, seeds=seeds)
     if "cuts" in steps:
         deliveries.measure_cuts()
         progress.note(f"in 8 bits with nothing removed: {deliveries.untouched_ratio():.3f} of the original's latency")

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from scipy.stats import spearmanr
 from search_evaluator import Lines
 from search_laboratory import Laboratory
 
@@ -48,32 +50,45 @@ def run(
     shares: Sequence[float] = SHARES,
     counts: Sequence[int] = COUNTS,
     seeds: int = 5,
+    deadline: float | None = None,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Rows `method, budget, evaluations, accuracy` (mean over seeds of the best so far, chance where no plan met the
-    budget), `worst`, `best` of the seeds, `feasible` (share of trials that met the budget)."""
+    budget), `worst`, `best` of the seeds, `seeds`, `feasible` (share of trials that met the budget).
+
+    After `deadline` (of `time.monotonic`) no search is begun; the rows are of those that are there.
+    """
     done = Lines(cache / "searches.jsonl")
     # Seed by seed, so that what is there when time is over compares all methods.
     wanted = [(m, share, s) for s in range(seeds) for share in shares for m in methods if s == 0 or m != MILP]
     progress.stage("searching by cached evaluations", len(wanted))
     for method, share, seed in wanted:
-        key = _key(laboratory, method, share, seed, max(counts))
-        if key not in done.known:
+        key = _key(laboratory, method, share, seed)
+        if not _reaches(done.known.get(key), method, max(counts)):
+            if deadline is not None and time.monotonic() > deadline:
+                continue
             values, best = search(laboratory, method, share, seed, max(counts))
             done.add(key, {"values": values, "best": [plan.to_json() for plan in best]})
         progress.advance()
     rows = []
     for method in methods:
         for share in shares:
-            keys = [_key(laboratory, method, share, s, max(counts)) for s in range(1 if method == MILP else seeds)]
-            rows += [_row(method, share, count, [done.known[key]["values"] for key in keys]) for count in counts]
+            records = [done.known.get(_key(laboratory, method, share, seed)) for seed in range(seeds)]
+            for count in counts:
+                histories = [record["values"] for record in records if record and _reaches(record, method, count)]
+                rows += [_row(method, share, count, histories)] if histories else []
     return rows
 
 
-def best_plans(laboratory: Laboratory, cache: Path, share: float, *, seeds: int, count: int) -> list[Plan]:
+def _reaches(record: Any, method: str, count: int) -> bool:
+    """Whether a search that was kept is long enough; the optimum of the table is a single plan."""
+    return record is not None and (method == MILP or len(record["values"]) >= count)
+
+
+def best_plans(laboratory: Laboratory, cache: Path, share: float, *, seeds: int) -> list[Plan]:
     """The best plans that the product's sampler found at a budget over all seeds that were run, best first."""
     done = Lines(cache / "searches.jsonl")
-    keys = [_key(laboratory, OURS, share, seed, count) for seed in range(seeds)]
+    keys = [_key(laboratory, OURS, share, seed) for seed in range(seeds)]
     found = {}
     for key in keys:
         for data in done.known.get(key, {}).get("best", []):
@@ -82,6 +97,40 @@ def best_plans(laboratory: Laboratory, cache: Path, share: float, *, seeds: int,
     if not found:
         raise SystemExit(f"part c needs part a's searches with method {OURS} at {share:.0%}: run part a first")
     return sorted(found.values(), key=lambda plan: -laboratory.evaluate(plan))
+
+
+def fidelity(laboratory: Laboratory, cache: Path, *, progress: Progress) -> list[dict[str, Any]]:
+    """One row: the rank correlation (Spearman) of the cached evaluations with the product's one-shot metric on 20
+    plans, three random ones and two good ones of each budget; over the good ones alone; and the means of both."""
+    done = Lines(cache / "fidelity.jsonl")
+    plans: list[Plan] = []
+    good: list[bool] = []
+    for share in SHARES:
+        rng = np.random.default_rng(round(1000 * share))
+        drawn = [random_plan(laboratory.space, rng, drop_share=rng.uniform(0, 0.6)) for _ in range(3)]
+        plans += [fitted(laboratory, share, plan, rng) for plan in drawn]
+        plans += best_plans(laboratory, cache, share, seeds=5)[:8:4]
+        good += [False] * 3 + [True] * 2
+    progress.stage("the product's one-shot metric", len(plans))
+    for plan in plans:
+        key = laboratory.space.plan_key(plan)
+        if key not in done.known:
+            begun = time.process_time()
+            value = laboratory.bench.one_shot(plan)
+            done.add(key, [value, time.process_time() - begun])
+        progress.advance()
+    product = np.array([done.known[laboratory.space.plan_key(plan)][0] for plan in plans])
+    cached = np.array([laboratory.evaluate(plan) for plan in plans])
+    return [
+        {
+            "plans": len(plans),
+            "rank_correlation": float(spearmanr(product, cached).statistic),
+            "rank_correlation_of_good": float(spearmanr(product[good], cached[good]).statistic),
+            "mean_cached": float(cached.mean()),
+            "mean_product": float(product.mean()),
+            "product_seconds": float(np.mean([done.known[laboratory.space.plan_key(plan)][1] for plan in plans])),
+        }
+    ]
 
 
 def _row(method: str, share: float, count: int, histories: Sequence[History]) -> dict[str, Any]:
@@ -94,6 +143,7 @@ def _row(method: str, share: float, count: int, histories: Sequence[History]) ->
         "accuracy": float(np.mean(best)),
         "worst": min(best),
         "best": max(best),
+        "seeds": len(histories),
         "feasible": float(np.mean(tried)),
     }
 
@@ -174,8 +224,8 @@ def _once(function: Callable[[Plan], Plan]) -> Callable[[Plan], Plan]:
     return call
 
 
-def _key(laboratory: Laboratory, method: str, share: float, seed: int, count: int) -> str:
+def _key(laboratory: Laboratory, method: str, share: float, seed: int) -> str:
     """Runs of the product's sampler are made again when its code has changed, all when the space has."""
     text = "".join(inspect.getsource(module) for module in (sampler, decode, learn)) if method == OURS else ""
     version = hashlib.sha256((laboratory.space.fingerprint + text).encode()).hexdigest()[:8]
-    return f"{method} {share:.2f} seed {seed} of {count} {version}"
+    return f"{method} {share:.2f} seed {seed} {version}"
