@@ -1,8 +1,8 @@
 """How good are the models that a search finds, by evaluations, against optima that are known, and when delivered?
 
 Parts: a quality by evaluations, b regret, c delivered models, d own costs, e budgets kept, f the cached evaluations
-against the product's. Whatever is finished is kept below --cache, a line an item, so that the same command goes on where
-it was stopped.
+against the product's. Whatever is finished is kept below --cache, a line an item: the same command goes on where it was
+stopped.
 """
 
 from __future__ import annotations

@@ -207,11 +207,14 @@ def _touching_costs(
     for layer in graph.layers:
         if group not in (*layer.in_groups, *layer.out_groups):
             continue
-        costs = [
-            table.cost(layer.name, (*_shape(graph, layer, case), bits))
+        shapes = [
+            (*_shape(graph, layer, case), bits)
             for case in _cases(space, graph, layer, {group: kept})
             for bits in _bits_of(space, layer.name)
         ]
+        # Few of them differ, and one that the table lacks takes a look at all that it has.
+        known = {shape: table.cost(layer.name, shape) for shape in set(shapes)}
+        costs = [known[shape] for shape in shapes]
         # A layer that can be removed while others on the group stay must not be what pays for the wider option.
         result.append([*costs, LayerCost()] if layer.blocks else costs)
     return result
