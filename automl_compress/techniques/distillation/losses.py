@@ -2,6 +2,7 @@
 
 Names are joined by `+`. A loss without a number gets its weight automatically, as `distillation.balance` says; with
 `=NUMBER` it has that weight. The task's own loss is always there, with 1 - soft_share, unless it is given a weight.
+`mixed` is no loss but what they are taken on: half of each batch, or NUMBER of it, becomes mixtures (`mixing`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from automl_compress.errors import InputError
 
 TASK = "task"
 SOFT = "soft"
+MIXED = "mixed"
+_HALF = 0.5
 # Losses on the model's outputs, and what they are.
 LABEL_LOSSES = {
     SOFT: "soft labels at a temperature (squared error where outputs are no class scores)",
@@ -38,6 +41,7 @@ class Losses:
     temperature  softens teacher and student alike
     soft_share   weight of what is learned from the teacher's outputs; the rest goes to the task's own loss
     feature_share    how much larger or smaller an automatic loss on features is made than one on outputs
+    mixed        share of each batch that becomes mixtures, for classification of images and signals; elsewhere none
     target, others   weights of the two parts of the decoupled loss (alpha and beta of Zhao et al.)
 
     Raises InputError for a name that isn't known and for a number out of range.
@@ -47,6 +51,7 @@ class Losses:
     temperature: float = 6.0
     soft_share: float = 0.9
     feature_share: float = 0.5
+    mixed: float = 0.0
     target: float = 1.0
     others: float = 8.0
 
@@ -64,6 +69,10 @@ class Losses:
             raise InputError(f"the temperature of distillation must be above 0, found {self.temperature:g}")
         if not 0 <= self.soft_share <= 1:
             raise InputError(f"the teacher's share of the loss must be from 0 to 1, found {self.soft_share:g}")
+        if not 0 <= self.mixed < 1:
+            raise InputError(f"the share of a batch that is mixed must be at least 0 and below 1, found {self.mixed:g}")
+        if self.mixed and not self.labels:
+            raise InputError("mixed inputs have no labels but the teacher's: add a loss on its outputs, such as soft")
         if not 0 <= self.feature_share < math.inf:
             raise InputError(f"the features' share of the loss must be 0 or more, found {self.feature_share:g}")
 
@@ -90,7 +99,8 @@ class Losses:
         return 1 - self.soft_share if self.needs_teacher else 1.0
 
     def __str__(self) -> str:
-        return "+".join(name if weight is None else f"{name}={weight:g}" for name, weight in self.weights.items())
+        given = {**self.weights, **({MIXED: None if self.mixed == _HALF else self.mixed} if self.mixed else {})}
+        return "+".join(name if weight is None else f"{name}={weight:g}" for name, weight in given.items())
 
 
 def parse_losses(text: str) -> Losses:
@@ -106,4 +116,5 @@ def parse_losses(text: str) -> Losses:
             raise InputError(
                 f"distillation {text!r}: {name} must have a number as its weight, found {number!r}"
             ) from error
-    return Losses(weights=weights)
+    share = weights.pop(MIXED, 0.0)
+    return Losses(weights=weights, mixed=_HALF if share is None else share)

@@ -20,6 +20,7 @@ from automl_compress.techniques.distillation.features import (
 )
 from automl_compress.techniques.distillation.labels import decoupled, logits, relations, soft_labels
 from automl_compress.techniques.distillation.losses import SOFT, TASK, Losses
+from automl_compress.techniques.distillation.mixing import mixable, mixed
 from automl_compress.techniques.distillation.outputs import (
     ClassRows,
     class_dim,
@@ -42,6 +43,7 @@ class Distillation:
     Outputs are compared one by one: class scores by the named losses, anything else by its squared error. Class scores
     are the outputs of a task with the default loss and metric, and those that fit targets which are class numbers: the
     only output, or one with `logits` in its name. Outputs of student and teacher must have the same names and shapes.
+    Where it is asked for and means something (`mixing.mixable`), a part of each batch that is trained on is mixed.
 
     Calling it raises TrainingError where they don't match, and TaskError for a loss that is no scalar or labels that
     are out of range.
@@ -69,6 +71,9 @@ class Distillation:
 
     def __call__(self, student: nn.Module, batch: Batch) -> Loss:
         inputs, targets = batch
+        whole = len(targets)
+        if self.losses.mixed and self.losses.labels and student.training and mixable(self.task, inputs):
+            inputs, whole = mixed(inputs, self.losses.mixed)
         # The teacher first: what it takes is free again before the student's activations are kept.
         teacher = self._teacher(inputs) if self.losses.needs_teacher else Answers()
         with layer_inputs(student, [pair.student for pair in self._pairs]) as features:
@@ -77,7 +82,8 @@ class Distillation:
         compare = self._comparison(outputs, teacher.outputs, targets, counted) if self.losses.needs_teacher else None
         values: dict[str, Tensor] = {}
         if self.losses.task_weight > 0:
-            values[TASK] = task_loss(self.task, outputs, targets)
+            known = outputs if whole == len(targets) else outputs[:whole]
+            values[TASK] = task_loss(self.task, known, targets[:whole])
         if compare is not None:
             values |= {name: compare(name) for name in self.losses.labels}
             for name in self.losses.features:

@@ -10,7 +10,9 @@ from automl_compress.errors import InputError
 from automl_compress.techniques.distillation.losses import NAMES, Losses, parse_losses
 
 
-@pytest.mark.parametrize("text", ["soft", "soft+dist", "dkd=2+task=0.5", "task", *NAMES])
+@pytest.mark.parametrize(
+    "text", ["soft", "soft+dist", "dkd=2+task=0.5", "task", "soft+mixed", "soft+mixed=0.25", *NAMES]
+)
 def test_what_is_read_is_written_again(text: str) -> None:
     assert str(parse_losses(text)) == text
     assert parse_losses(f" {text.replace('+', ' + ')} ") == parse_losses(text)
@@ -28,6 +30,8 @@ def test_what_is_read_is_written_again(text: str) -> None:
         ("soft=nan", "must be 0 or more"),
         ("soft=inf", "must be 0 or more"),
         ("task=0", "all weights are 0"),
+        ("soft+mixed=1", "mixed must be at least 0 and below 1, found 1"),
+        ("task+mixed", "no labels but the teacher's"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text: str, told: str) -> None:
