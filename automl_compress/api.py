@@ -19,6 +19,7 @@ from automl_compress.errors import CompressError, InfeasibleError, InputError, I
 from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
+from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.search.account import notes as notes_of
 from automl_compress.search.account import trial_rows
 from automl_compress.search.campaign import Campaign
@@ -55,6 +56,7 @@ def compress(
     seed: int = 0,
     sampler: str = "budget",
     distillation: str = DEFAULT,
+    recovery: str = DEFAULT_MODE,
     weights: str | Path | None = None,
     storage: str | None = None,
     output: str | Path | None = None,
@@ -69,6 +71,7 @@ def compress(
     device    where to measure: this machine ('local'), or another one, 'ssh://[user@]host[:port]'
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
     distillation   what candidates learn from the original, names joined by '+', as `distillation.losses` says
+    recovery  how they are trained in the end, as `recovery.names` says
     timeout   seconds after which no further trial is begun; part of it is kept for distillation
     storage   an Optuna storage to share the study in; `work` joins it
     output    run folder (default runs/TASK-BUDGET); the same call with the same folder resumes
@@ -78,6 +81,7 @@ def compress(
     """
     limits = parse_budget(latency, size, memory)
     parse_losses(distillation)
+    check_mode(recovery)
     progress = progress or SilentProgress()
     folder = Path(output) if output else _default_folder(task, limits)
     options = {
@@ -92,6 +96,7 @@ def compress(
         "seed": seed,
         "sampler": sampler,
         "distillation": distillation,
+        "recovery": recovery,
         "weights": str(weights) if weights else None,
         "storage": storage,
     }
@@ -241,7 +246,7 @@ def _run(campaign: Campaign, settings: Settings) -> Result:
     """Search, recover, verify; a miss corrects the cost model and the search goes on."""
     campaign.learn()
     trials, schedule = int(settings.options["trials"]), settings.schedule
-    recovery = Recovery(campaign.bench, campaign.folder, settings.losses)
+    recovery = Recovery(campaign.bench, campaign.folder, settings.losses, settings.recovery)
     for attempt in range(_DELIVERIES):
         plans = finalists(campaign, trials + attempt, settings.left(_EXPLORE_SHARE))
         candidates = climb(campaign, plans, schedule, recovery)

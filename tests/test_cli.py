@@ -63,7 +63,7 @@ def test_search_passes_every_option_on() -> None:
     line = (
         "search a/task.py:make --latency 40% --size 300KB --memory 2MB -o out --profile p --space s --trials 7 "
         "--device ssh://pi@board:2222 "
-        "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --distillation soft+dist=2 "
+        "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --distillation soft+dist=2 --recovery gradual "
         "--weights w.pt --storage sqlite:///x.db --quiet"
     )
     assert main(line.split(), api=api) == 0
@@ -84,6 +84,7 @@ def test_search_passes_every_option_on() -> None:
         "seed": 3,
         "sampler": "TPESampler",
         "distillation": "soft+dist=2",
+        "recovery": "gradual",
         "weights": Path("w.pt"),
         "storage": "sqlite:///x.db",
     }
@@ -103,6 +104,7 @@ def test_defaults() -> None:
         "seed": 0,
         "sampler": "budget",
         "distillation": "soft",
+        "recovery": "fine-tune",
     }
 
 
@@ -162,6 +164,7 @@ def test_bad_budgets_are_one_line_before_anything_begins(latency: str, capsys: p
         ("search t.py", "no budget given"),
         ("search t.py --latency 40% --timeout soon", "--timeout 'soon'"),
         ("worker t.py --latency 40%", "--storage"),
+        ("search t.py --latency 40% --recovery slow", "'slow' is unknown; choose one of fine-tune, gradual"),
         ("search t.py --latency 40% --distillation soft+sft", "'sft'; there are: soft, logit"),
         ("show", "Missing argument"),
         ("show /no/such/run", "no such run folder"),

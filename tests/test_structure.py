@@ -23,6 +23,7 @@ RANKS = (
     ("model",),
     ("techniques",),
     ("deploy",),
+    ("recovery",),
     ("search",),
     ("api",),
     ("cli",),

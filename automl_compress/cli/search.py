@@ -15,6 +15,8 @@ from automl_compress.cli.output import display, fail, print_result, stdout_to_st
 from automl_compress.core.budget import parse_budget
 from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
+from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.names import NAMES as MODES
 from automl_compress.techniques.distillation.losses import DEFAULT, NAMES, parse_losses
 
 EXIT_CODES = {"met": 0, "infeasible": 3, "estimated": 4, "interrupted": 130}
@@ -41,6 +43,9 @@ def _search(
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="'budget', or the name of an Optuna sampler.")
     ] = "budget",
+    recovery: Annotated[
+        str, typer.Option(metavar="MODE", help=f"How finalists are trained: {', '.join(MODES)}.")
+    ] = DEFAULT_MODE,
     distillation: Annotated[
         str, typer.Option(metavar="LOSSES", help=f"What is learned, joined by +: {', '.join(NAMES)}.")
     ] = DEFAULT,
@@ -55,6 +60,7 @@ def _search(
     def run(api: Any) -> int:
         parse_budget(latency, size, memory)
         parse_losses(distillation)
+        check_mode(recovery)
         if worker and storage is None:
             raise InputError("worker: --storage is missing: name the storage of the search to join")
         options = {
@@ -70,6 +76,7 @@ def _search(
             "seed": seed,
             "sampler": sampler,
             "distillation": distillation,
+            "recovery": recovery,
             "weights": weights,
             "storage": storage,
             "output": output,

@@ -21,6 +21,9 @@ from automl_compress.core.masks import NO_MASK
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import ExportError, PlanError, RunFolderError
+from automl_compress.recovery.job import Job
+from automl_compress.recovery.modes import mode_of
+from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distillation.losses import DEFAULT, Losses
 from automl_compress.techniques.distillation.objective import Distillation
@@ -29,7 +32,6 @@ from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.files import PREFIX, from_tensors, to_tensors
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.tune import Limits, Quantization
-from automl_compress.techniques.sparsify import held_masks
 from automl_compress.techniques.training.log import OnStep, TrainingLog
 from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Resources, Training
@@ -114,8 +116,10 @@ def short(schedule: Training) -> Training:
 class Recovery:
     """Recovers plans and keeps each result in the run folder, so that none is ever trained twice."""
 
-    def __init__(self, bench: Workbench, folder: RunFolder, losses: Losses | None = None) -> None:
-        self._bench, self._folder, self._losses = bench, folder, losses or Losses()
+    def __init__(
+        self, bench: Workbench, folder: RunFolder, losses: Losses | None = None, mode: str = DEFAULT_MODE
+    ) -> None:
+        self._bench, self._folder, self._losses, self._mode = bench, folder, losses or Losses(), check_mode(mode)
 
     def recover(self, plan: Plan, rung: str, schedule: Training, on_step: OnStep | None = None) -> Candidate:
         """The recovered model of a plan at a rung, from the run folder if it is there.
@@ -124,7 +128,7 @@ class Recovery:
         repair, it is the repaired model that counts.
         """
         name = f"candidates/{rung}-{plan.key}"
-        known = self._load(name, schedule)
+        known = self._load(name, schedule, self._mode_at(rung))
         if known is not None:
             return known
         bench = self._bench
@@ -134,19 +138,9 @@ class Recovery:
         metric = bench.metric(exported, "validation")
         logs: list[TrainingLog] = []
         if schedule.epochs > 0:
-            logs.append(
-                train(
-                    model,
-                    bench.task,
-                    self._objective(full),
-                    schedule,
-                    seed=bench.seed,
-                    masks=held_masks(model, bench.graph, full),
-                    on_step=on_step,
-                    resources=Resources(checkpoint=self._folder.file(*f"{name}.training".split("/"))),
-                    label=self._label(rung),
-                )
-            )
+            recovered = mode_of(self._mode_at(rung))(self._job(name, rung, full, model, schedule, on_step))
+            model, full = recovered.model, recovered.plan
+            logs += recovered.logs
             better = bench.quantization(model, full, thorough=rung == FULL)
             trained = bench.export(model, full, better)
             reached = bench.metric(trained, "validation")
@@ -177,10 +171,12 @@ class Recovery:
             "seconds": seconds,
             "epochs": schedule.epochs,
             "distillation": str(self._losses),
+            "recovery": self._mode_at(rung),
         }
         self._folder.write_json(f"{name}.json", record)  # last: its presence says that the others are complete
-        for checkpoint in (f"{name}.training", f"{name}.rounding"):
-            (self._folder.path / checkpoint).unlink(missing_ok=True)
+        for part in ("training", "rounding"):
+            for checkpoint in self._folder.file(*name.split("/")).parent.glob(f"{rung}-{plan.key}.{part}*"):
+                checkpoint.unlink()
         return Candidate(
             plan=full,
             ranges=found.ranges,
@@ -190,6 +186,33 @@ class Recovery:
             onnx=path,
             training=training,
             seconds=seconds,
+        )
+
+    def _mode_at(self, rung: str) -> str:
+        """Short recoveries only compare plans: the way there is too long for them."""
+        return self._mode if rung == FULL else DEFAULT_MODE
+
+    def _job(
+        self, name: str, rung: str, plan: Plan, student: nn.Module, schedule: Training, on_step: OnStep | None
+    ) -> Job:
+        bench = self._bench
+
+        def make(other: Plan, whole: nn.Module) -> nn.Module:
+            made = whole is bench.teacher and other == plan
+            return student if made else bench.students.make(other, whole).model
+
+        return Job(
+            task=bench.task,
+            teacher=bench.teacher,
+            graph=bench.graph,
+            plan=plan,
+            make=make,
+            objective=self._objective,
+            training=schedule,
+            seed=bench.seed,
+            resources=Resources(checkpoint=self._folder.file(*f"{name}.training".split("/"))),
+            on_step=on_step,
+            label=self._label(rung),
         )
 
     def _label(self, rung: str) -> str:
@@ -236,11 +259,12 @@ class Recovery:
         note = f"scales and weights trained with rounding for {rounding.epochs:g} epochs"
         return replace(student.quantization(), notes=(*found.notes, note)), log
 
-    def _load(self, name: str, schedule: Training) -> Candidate | None:
+    def _load(self, name: str, schedule: Training, mode: str) -> Candidate | None:
         record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
         if record is None or record.get("epochs") != schedule.epochs:
             return None
-        if schedule.epochs > 0 and record.get("distillation", DEFAULT) != str(self._losses):
+        known = {"distillation": DEFAULT, "recovery": DEFAULT_MODE, **record}
+        if schedule.epochs > 0 and (known["distillation"], known["recovery"]) != (str(self._losses), mode):
             return None
         try:
             return Candidate(

@@ -40,6 +40,11 @@ class Settings:
         return Training(epochs=float(self.options["epochs"]))
 
     @property
+    def recovery(self) -> str:
+        """The mode of recovery."""
+        return str(self.options["recovery"])
+
+    @property
     def losses(self) -> Losses:
         """What candidates are trained for."""
         return parse_losses(self.options["distillation"])

@@ -101,11 +101,14 @@ class Students:
     def _reference(self) -> Outputs:
         return torch_outputs(self.teacher, self.judge)
 
-    def make(self, plan: Plan) -> Student:
-        """The plan's model. Of the cut model as it is, the refitted one, and that with its batch-norms recalibrated,
-        the one nearest to the original's outputs on samples that none of them was fitted to."""
+    def make(self, plan: Plan, base: nn.Module | None = None) -> Student:
+        """The plan's model, cut from `base` (of full size; default: the teacher).
+
+        Of the cut model as it is, the refitted one, and that with its batch-norms recalibrated, it is the one nearest
+        to the original's outputs on samples that none of them was fitted to.
+        """
         plan = select_channels(self.graph, plan, self.ranking)
-        cut = apply_plan(self.teacher, self.graph, plan).eval()
+        cut = apply_plan(self.teacher if base is None else base, self.graph, plan).eval()
         if not plan.kept and not plan.drop and not masks_in_force(self.graph, plan):
             return Student(model=cut, plan=plan)
         refitted = copy_model(cut)
