@@ -6,39 +6,36 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from automl_compress.core.budget import Limit, parse_budget
+from automl_compress.core.goal import Front, Goal, parse_aim
 from automl_compress.core.result import Result
-from automl_compress.deploy.report import write_report
-from automl_compress.errors import CompressError, InfeasibleError, InputError, Interrupted, PlanError
+from automl_compress.errors import InfeasibleError, InputError, Interrupted, PlanError
 from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
-from automl_compress.search.account import notes as notes_of
-from automl_compress.search.account import trial_rows
-from automl_compress.search.campaign import Campaign
-from automl_compress.search.deliver import Verified, final_metric, verify
+from automl_compress.search import outcome
+from automl_compress.search.cheapest import cheapest_model
+from automl_compress.search.directions import best_model
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.finalists import baselines, climb, finalists, within_budget
 from automl_compress.search.forecast import PROFILE, Forecast
-from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild, stored_quantization
+from automl_compress.search.front import front_models
+from automl_compress.search.ladder import read_plan, rebuild, stored_quantization
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
-from automl_compress.search.settings import Settings, effective_config, reproduce
+from automl_compress.search.settings import Settings, effective_config
 from automl_compress.search.standard import standard_models
 from automl_compress.search.study import trial_counts
+from automl_compress.search.timing import Clock
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 
 DEFAULT_TRIALS = 100
 DEFAULT_EPOCHS = 3.0
-_DELIVERIES = 4
-_EXPLORE_SHARE = 0.4
 
 
 def compress(
@@ -47,6 +44,10 @@ def compress(
     latency: str | None = None,
     size: str | None = None,
     memory: str | None = None,
+    max_drop: str | None = None,
+    min_metric: str | float | None = None,
+    front: int | None = None,
+    minimise: str | None = None,
     profile: str = "local",
     device: str = "local",
     space: str = "cnn",
@@ -62,11 +63,16 @@ def compress(
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Find, train, measure and deliver the best model of `task` within the budgets.
+    """Find, train, measure and deliver the best model of `task` within the budgets, or the cheapest good enough one.
 
     task      a `Task`, or 'path/task.py[:function]' or 'package.module[:function]'
     latency   '0.8ms', '350us', or '40%' of the original's, measured beside it
     size      of the ONNX file: '300KB', '2MB', '60%'; memory: the peak of a fresh process, written the same way
+    max_drop  what the validation metric may lose: '1%' of the original's, or '0.01' in its own units; or `min_metric`:
+              what it must be at least. Either turns the search around: the cheapest such model is delivered
+    front     so many models between the cheapest plan and the original instead of one
+    minimise  'latency' (default), 'size' or 'memory': what the cheapest model has least of, or the front is spread
+              over; budgets hold as well
     profile   device profile by name or file; `space`: search space by name or file
     device    where to measure: this machine ('local'), or another one, 'ssh://[user@]host[:port]'
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
@@ -79,14 +85,19 @@ def compress(
     Returns a Result with status 'met', 'estimated' (a profile whose device isn't here: nothing was measured on it) or
     'infeasible'. Raises CompressError, with one line that says what to do.
     """
-    limits = parse_budget(latency, size, memory)
+    aim = parse_aim(max_drop, min_metric, front, minimise)
+    limits = parse_budget(latency, size, memory, required=aim is None)
     parse_losses(distillation)
     check_mode(recovery)
     progress = progress or SilentProgress()
-    folder = Path(output) if output else _default_folder(task, limits)
+    folder = Path(output) if output else _default_folder(task, limits, aim)
     options = {
         "task": task if isinstance(task, str) else type(task.model).__name__,
         **{name: limit.text for name, limit in limits.items()},
+        "max_drop": max_drop,
+        "min_metric": min_metric,
+        "front": front,
+        "minimise": minimise,
         "profile": profile,
         "device": device,
         "space": space,
@@ -103,8 +114,9 @@ def compress(
     settings = Settings(
         from_spec=isinstance(task, str),
         limits=limits,
+        aim=aim,
         options=options,
-        deadline=time.monotonic() + timeout if timeout else None,
+        clock=Clock(deadline=time.monotonic() + timeout if timeout else None),
     )
     with open_campaign(task, settings, folder, progress) as campaign:
         known = campaign.folder.read_json("result.json")
@@ -113,13 +125,18 @@ def compress(
             return Result.from_json(known, folder)
         campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
         try:
-            result = _run(campaign, settings)
+            campaign.learn()
+            if settings.front is not None:
+                result = outcome.front(campaign, settings, front_models(campaign, settings))
+            else:
+                found = (best_model if settings.goal is None else cheapest_model)(campaign, settings)
+                result = outcome.delivered(campaign, settings, *found)
         except InfeasibleError as error:
-            result = _infeasible(campaign, error)
+            result = outcome.infeasible(campaign, settings, error)
         except (KeyboardInterrupt, Interrupted):
-            _write(campaign, settings, _interrupted(campaign))
+            outcome.write(campaign, settings, outcome.interrupted(campaign, settings))
             raise Interrupted(f"interrupted; the same command with -o {folder} goes on where it stopped") from None
-        return _write(campaign, settings, result)
+        return outcome.write(campaign, settings, result)
 
 
 def work(
@@ -242,112 +259,10 @@ def replay(
     return target
 
 
-def _run(campaign: Campaign, settings: Settings) -> Result:
-    """Search, recover, verify; a miss corrects the cost model and the search goes on."""
-    campaign.learn()
-    trials, schedule = int(settings.options["trials"]), settings.schedule
-    recovery = Recovery(campaign.bench, campaign.folder, settings.losses, settings.recovery)
-    for attempt in range(_DELIVERIES):
-        plans = finalists(campaign, trials + attempt, settings.left(_EXPLORE_SHARE))
-        candidates = climb(campaign, plans, schedule, recovery)
-        beaten = baselines(campaign, schedule, recovery)
-        best = max([*candidates, *within_budget(campaign, beaten)], key=lambda candidate: candidate.metric)
-        verified = verify(campaign, best, beaten)
-        if verified.met:
-            return _delivered(campaign, settings, best, verified)
-        campaign.progress.note("the finished model missed the budget; the search goes on")
-        campaign.measured[best.plan.key] = verified.beside(campaign.original)
-    raise InfeasibleError(
-        f"{_DELIVERIES} finished models missed the budget when measured",
-        nearest=campaign.floors(),
-        binding=campaign.binding(),
-    )
-
-
-def _delivered(campaign: Campaign, settings: Settings, best: Candidate, verified: Verified) -> Result:
-    folder = campaign.folder
-    folder.write_bytes("best.onnx", best.onnx.read_bytes())
-    folder.write_bytes("best.safetensors", best.weights.read_bytes())
-    folder.write_json("plan.json", plan_file(best, campaign.bench))
-    delivered = replace(verified.delivered, test_metric=final_metric(campaign, best))
-    notes = list(verified.notes)
-    for name, figures in verified.baselines.items():
-        fits = verified.budget.met(
-            replace(
-                verified.cost,
-                latency_us=figures.latency_us,
-                size_bytes=figures.size_bytes,
-                memory_bytes=figures.memory_bytes,
-            )
-        )
-        if fits and figures.metric >= delivered.metric and figures.plan != delivered.plan:
-            notes.append(
-                f"baseline {name} is within the budget and not worse on validation: the search did not beat it"
-            )
-        if figures.plan == delivered.plan:
-            notes.append(f"the delivered model is the baseline {name}: the search found nothing better")
-    return _result(
-        campaign,
-        status="met" if verified.cost.provenance == "measured" else "estimated",
-        original=verified.original,
-        delivered=delivered,
-        baselines=verified.baselines,
-        budget=verified.budget.limits,
-        layers=verified.layers,
-        notes=(*notes, *notes_of(campaign)),
-        seconds={"total": time.monotonic() - settings.begun, "distillation": best.seconds},
-    )
-
-
-def _infeasible(campaign: Campaign, error: InfeasibleError) -> Result:
-    return _result(
-        campaign,
-        status="infeasible",
-        original=campaign.original_figures(),
-        budget=campaign.budget.limits,
-        nearest=error.nearest,
-        binding=error.binding,
-        notes=(str(error), *notes_of(campaign)),
-    )
-
-
-def _interrupted(campaign: Campaign) -> Result:
-    known = hasattr(campaign, "budget")
-    return _result(
-        campaign,
-        status="interrupted",
-        original=campaign.original_figures() if known else None,
-        budget=campaign.budget.limits if known else {},
-    )
-
-
-def _result(campaign: Campaign, **fields: Any) -> Result:
-    header = campaign.device.profile.header
-    shown = {"provenance", "match", "runtime", "device", "memory"}
-    shown |= {"protocol"} if campaign.device.measures else {"sources", "roofline"}
-    device = {
-        "address": campaign.device.link.name,
-        "profile": campaign.device.profile.name,
-        "file": str(campaign.device.profile.path),
-        "threads": campaign.device.profile.threads,
-        **header.model_dump(include=shown, mode="json"),
-    }
-    return Result(device=device, folder=campaign.folder.path, trials=campaign.trial_counts(), **fields)
-
-
-def _write(campaign: Campaign, settings: Settings, result: Result) -> Result:
-    """result.json and report.html; the JSON last, since its presence says that a run is finished."""
-    try:
-        write_report(result, trial_rows(campaign), campaign.folder.path, commands=[reproduce(campaign, settings)])
-    except OSError as error:
-        raise CompressError(
-            f"{error.filename}: can't be written ({error.strerror}); free some space and run again"
-        ) from error
-    campaign.folder.write_json("result.json", result.to_json())
-    return result
-
-
-def _default_folder(task: Task | str, limits: Mapping[str, Limit]) -> Path:
-    return Path("runs") / "-".join(
-        [task_name(task), *(f"{m}{limit.text.replace('%', 'pct').replace(' ', '')}" for m, limit in limits.items())]
-    )
+def _default_folder(task: Task | str, limits: Mapping[str, Limit], aim: Goal | Front | None = None) -> Path:
+    asked = [f"{metric}{limit.text}" for metric, limit in limits.items()]
+    if isinstance(aim, Front):
+        asked.append(f"front{aim.points}{aim.minimise}")
+    elif aim is not None:
+        asked += [aim.text.strip("-"), *([aim.minimise] if aim.minimise != "latency" else [])]
+    return Path("runs") / "-".join([task_name(task), *(a.replace("%", "pct").replace(" ", "") for a in asked)])

@@ -28,7 +28,7 @@ from torch import nn
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.timer import ratio
 from automl_compress.progress import Progress
-from automl_compress.search.ladder import short
+from automl_compress.search.timing import rungs
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.training.loop import train
@@ -179,7 +179,7 @@ class Deliveries:
         for plan in best:
             if f"short {plan.key}" not in self._one_shot.known:
                 model, full = self._start(OURS, plan)
-                self._train(model, short(Training()).epochs)
+                self._train(model, rungs(Training().epochs, 4)[0].epochs)
                 metric = self.laboratory.bench.metric(self.laboratory.bench.export(model, full), "validation")
                 self._one_shot.add(f"short {plan.key}", metric)
         return max(best, key=lambda plan: float(self._one_shot.known[f"short {plan.key}"]))

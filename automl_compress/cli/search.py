@@ -13,6 +13,7 @@ from automl_compress.cli.action import Action
 from automl_compress.cli.options import Debug, Device, Json, Output, Quiet, Run, Task, Weights, parse_seconds
 from automl_compress.cli.output import display, fail, print_result, stdout_to_stderr
 from automl_compress.core.budget import parse_budget
+from automl_compress.core.goal import parse_aim
 from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
@@ -25,13 +26,25 @@ commands = typer.Typer()
 
 
 @commands.command("worker", help="Join the search in --storage, with the same options.")
-@commands.command("search", help="Find and deliver the best model within a budget.")
+@commands.command("search", help="Find and deliver the best model within a budget, or the cheapest good enough one.")
 def _search(
     ctx: typer.Context,
     task: Task,
     latency: Annotated[str | None, typer.Option(metavar="BUDGET", help="0.8ms, 350us or 40% of the original.")] = None,
     size: Annotated[str | None, typer.Option(metavar="BUDGET", help="Of the ONNX file: 300KB, 2MB or 60%.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="BUDGET", help="Peak of a fresh process: 2MB or 60%.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="LOSS", help="Cheapest model that loses at most 1% of the metric, or 0.01.")
+    ] = None,
+    min_metric: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="Cheapest model whose metric is at least 0.91.")
+    ] = None,
+    front: Annotated[
+        int | None, typer.Option(metavar="N", help="N models between the cheapest and the original, in one run.")
+    ] = None,
+    minimise: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="What is cheap: latency (default), size or memory.")
+    ] = None,
     output: Output = None,
     profile: Annotated[str, typer.Option(metavar="NAME", help="Device profile: a name or a file.")] = "local",
     device: Device = "local",
@@ -58,9 +71,12 @@ def _search(
     worker = ctx.info_name == "worker"
 
     def run(api: Any) -> int:
-        parse_budget(latency, size, memory)
         parse_losses(distillation)
         check_mode(recovery)
+        aim = parse_aim(max_drop, min_metric, front, minimise)
+        parse_budget(latency, size, memory, required=aim is None)
+        if worker and aim is not None:
+            raise InputError("worker: joins a search within budgets; other searches run in one process")
         if worker and storage is None:
             raise InputError("worker: --storage is missing: name the storage of the search to join")
         options = {
@@ -81,6 +97,8 @@ def _search(
             "storage": storage,
             "output": output,
         }
+        if aim is not None:
+            options |= {"max_drop": max_drop, "min_metric": min_metric, "front": front, "minimise": minimise}
         with stdout_to_stderr(), display(quiet) as progress:
             api = api or import_module("automl_compress.api")
             outcome = (api.work if worker else api.compress)(task, progress=progress, **options)

@@ -90,12 +90,22 @@ class Budget:
         return Budget(limits={m: v * factors.get(m, 1.0) for m, v in self.limits.items()})
 
 
-def parse_budget(latency: str | None = None, size: str | None = None, memory: str | None = None) -> dict[str, Limit]:
-    """Read the budgets that were given. Raises InputError if none was, or one can't be read."""
+def parse_budget(
+    latency: str | None = None, size: str | None = None, memory: str | None = None, *, required: bool = True
+) -> dict[str, Limit]:
+    """Read the budgets that were given. Raises InputError if one is `required` and none was, or one can't be read."""
     given = {m: v for m, v in zip(METRICS, (latency, size, memory), strict=True) if v is not None}
-    if not given:
-        raise InputError("no budget given: say at least one of --latency 40%, --size 60%, --memory 2MB")
+    if not given and required:
+        raise InputError(
+            "no budget given: say at least one of --latency 40%, --size 60%, --memory 2MB, or what may be lost with "
+            "--max-drop 1% or --min-metric 0.91"
+        )
     return {m: Limit.parse(m, v) for m, v in given.items()}
+
+
+def share_of(metric: str, share: float) -> Limit:
+    """A limit relative to the original's figure."""
+    return Limit(metric=metric, value=share, relative=True, text=f"{100 * share:.1f}%")
 
 
 def format_bytes(value: float) -> str:
@@ -115,4 +125,7 @@ def format_us(value: float) -> str:
 
 
 def format_metric(metric: str, value: float) -> str:
+    """A figure with its unit; 'metric' is the task's own and has none."""
+    if metric == "metric":
+        return f"{value:.4f}"
     return format_us(value) if metric == "latency" else format_bytes(value)

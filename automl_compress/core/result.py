@@ -74,6 +74,8 @@ class Result:
     status     "met": `delivered` was measured on the device and meets the budget; "estimated": the device isn't here,
                and by estimate it does; "infeasible": nothing reachable does; "interrupted"
     budget     metric -> limit in microseconds or bytes
+    goal       the other direction: 'asked' in words, 'metric_at_least' on validation, 'minimise'; empty within budgets
+    front      folder of a model within the run folder -> its figures, cheapest first; empty where one was asked for
     baselines  name -> figures of the models that the search has to beat
     nearest    infeasible only: metric -> the lowest figure that is reachable
     binding    infeasible only: the layers that take most of the cheapest plan's cost
@@ -92,6 +94,8 @@ class Result:
     layers: tuple[Mapping[str, Any], ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    goal: Mapping[str, Any] = field(default_factory=dict)
+    front: Mapping[str, Figures] = field(default_factory=dict)
     folder: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +104,8 @@ class Result:
             "version": 1,
             "status": self.status,
             "budget": dict(self.budget),
+            **({"goal": dict(self.goal)} if self.goal else {}),
+            **({"front": {name: figures.to_json() for name, figures in self.front.items()}} if self.front else {}),
             "original": self.original.to_json() if self.original else None,
             "delivered": self.delivered.to_json() if self.delivered else None,
             "baselines": {name: figures.to_json() for name, figures in self.baselines.items()},
@@ -117,6 +123,7 @@ class Result:
         """Read what `to_json` wrote; `folder` is where it was found."""
         fields = {k: v for k, v in data.items() if k not in ("schema", "version")}
         models = {name: Figures.from_json(value) for name, value in fields["baselines"].items()}
+        front = {name: Figures.from_json(value) for name, value in fields.get("front", {}).items()}
         ends = {name: Figures.from_json(fields[name]) if fields[name] else None for name in ("original", "delivered")}
         lists = {name: tuple(fields[name]) for name in ("binding", "layers", "notes")}
-        return cls(**{**fields, **ends, **lists, "baselines": models, "folder": folder})
+        return cls(**{**fields, **ends, **lists, "baselines": models, "front": front, "folder": folder})

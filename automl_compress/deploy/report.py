@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from automl_compress.core.budget import format_bytes, format_metric, format_us
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Result
-from automl_compress.deploy.summary import HEADLINES, Verdict, estimated, models, verdicts
+from automl_compress.deploy.summary import Verdict, estimated, goal_lines, headline, models, verdicts
 
 MISSING = "-"
 MARKS = {
@@ -94,15 +94,16 @@ def render(
     plan = result.delivered.plan if result.delivered else None
     return environment.get_template("report.html.j2").render(
         result=result,
-        headline=HEADLINES[result.status],
+        headline=headline(data),
         verdicts=[_verdict_row(verdict) for verdict in verdicts(data)],
         models=[_model_row(name, figures) for name, figures in models(data)],
         layers=[_layer_row(layer) for layer in result.layers],
         masked=any("mask" in layer for layer in result.layers),
+        goal=goal_lines(data),
         dropped=sorted(plan.drop) if plan else [],
         choices=_choices(plan),
         estimated=estimated(data),
-        tested=result.delivered is not None and result.delivered.test_metric is not None,
+        tested=any(figures.get("test_metric") is not None for _, figures in models(data)),
         trials=[(state, count) for state, count in result.trials.items() if count],
         chart=scatter(result, study_rows) if study_rows else None,
         unplaced=sum(1 for row in study_rows if row.get("predicted_latency_us") is None),
@@ -135,6 +136,8 @@ def scatter(result: Result, study_rows: Sequence[Mapping[str, Any]]) -> dict[str
     how = "estimated" if estimated(result.to_json()) else "measured"
     if finished:
         traces.append(_model_trace(finished, how))
+    if result.front:
+        traces.append(_front_trace(result))
     limit = result.budget.get("latency")
     layout: dict[str, Any] = {
         "height": 480,
@@ -185,6 +188,19 @@ def _model_trace(finished: Sequence[tuple[str, Mapping[str, Any]]], how: str) ->
             "symbol": ["star" if name == "delivered" else "diamond" for name, _ in finished],
             "size": 12,
         },
+    }
+
+
+def _front_trace(result: Result) -> dict[str, Any]:
+    points = sorted((figures.latency_us, figures.metric) for figures in result.front.values())
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "front",
+        "x": [latency for latency, _ in points],
+        "y": [metric for _, metric in points],
+        "hoverinfo": "skip",
+        "line": {"color": "#16a34a", "width": 1},
     }
 
 

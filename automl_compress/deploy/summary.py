@@ -49,7 +49,7 @@ class Verdict:
 
 def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
     """Every budget of a `result.json` object with the delivered model's figure."""
-    delivered = result.get("delivered") or {}
+    delivered = result.get("delivered") or _worst(result.get("front", {}))
     return [
         Verdict(
             metric=metric,
@@ -62,9 +62,32 @@ def verdicts(result: Mapping[str, Any]) -> list[Verdict]:
     ]
 
 
+def _worst(front: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The highest figure of any model of a front, which each budget is held against."""
+    models = list(front.values())
+    if not models:
+        return {}
+    worst: dict[str, Any] = {field: max(model[field] for model in models) for field in FIELDS.values()}
+    return {**worst, "provenance": models[0].get("provenance", "measured")}
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """The outcome in one line."""
+    if result.get("front"):
+        how = "measured" if result["status"] == "met" else "estimated, not measured on the device"
+        return f"{result['status']}: {len(result['front'])} models, each better than all cheaper ones, {how}"
+    status = str(result["status"])
+    return HEADLINES.get(status, status)
+
+
 def models(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The models of a `result.json` object by name: the original, the baselines, the delivered one."""
-    named = {"original": result.get("original"), **result.get("baselines", {}), "delivered": result.get("delivered")}
+    named = {
+        "original": result.get("original"),
+        **result.get("baselines", {}),
+        **result.get("front", {}),
+        "delivered": result.get("delivered"),
+    }
     return ((name, figures) for name, figures in named.items() if figures)
 
 
@@ -93,8 +116,9 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def summarize(result: Mapping[str, Any]) -> str:
     """The outcome, each budget with the figure that decided, and a table of the models."""
-    lines = [HEADLINES.get(result["status"], result["status"]), ""]
+    lines = [headline(result), ""]
     lines += [_verdict_line(verdict) for verdict in verdicts(result)]
+    lines += [f"  {line}" for line in goal_lines(result)]
     if result.get("binding"):
         lines.append(f"  most of the cheapest plan's cost: {', '.join(result['binding'])}")
     rows = [_model_row(name, figures) for name, figures in models(result)]
@@ -108,6 +132,25 @@ def summarize(result: Mapping[str, Any]) -> str:
     if result.get("notes"):
         lines += ["", *(f"note: {note}" for note in result["notes"])]
     return "\n".join(lines)
+
+
+def goal_lines(result: Mapping[str, Any]) -> list[str]:
+    """How good the model had to stay, and what was to be as little as possible; nothing for a search within budgets."""
+    goal = result.get("goal")
+    if not goal:
+        return []
+    least, delivered = goal["metric_at_least"], result.get("delivered")
+    line = f"{'metric':8} at least {format_metric('metric', least)} ({goal['asked']})"
+    if delivered:
+        line += f", measured {format_metric('metric', delivered['metric'])}: met"
+    elif "metric" in result.get("nearest", {}):
+        line += f", nearest reached {format_metric('metric', result['nearest']['metric'])}"
+    what = goal["minimise"]
+    lines = [line]
+    if delivered and result.get("original"):
+        share = delivered[FIELDS[what]] / result["original"][FIELDS[what]]
+        lines.append(f"{what:8} as little as was found: {share:.3f} of the original's")
+    return lines
 
 
 def nearest_text(nearest: Mapping[str, float], binding: Sequence[str]) -> str:

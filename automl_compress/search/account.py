@@ -11,6 +11,7 @@ from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.verify import ExecutedLayer
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.dominated import is_about_bits
+from automl_compress.search.study import ADOPTED
 
 
 def layer_rows(
@@ -106,11 +107,16 @@ def _bits_saving(campaign: Campaign, plan: Plan, name: str) -> float:
 
 
 def trial_rows(campaign: Campaign) -> list[dict[str, Any]]:
-    """One row a one-shot trial: number, state, metric, predicted cost."""
-    return [_row(trial) for trial in campaign.study().get_trials(deepcopy=False)] if campaign.has_study else []
+    """One row a one-shot trial: number, budget where there were several, state, metric, predicted cost."""
+    return [
+        _row(trial, label)
+        for label, study in campaign.studies().items()
+        for trial in study.get_trials(deepcopy=False)
+        if ADOPTED not in trial.user_attrs
+    ]
 
 
-def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+def _row(trial: optuna.trial.FrozenTrial, label: str) -> dict[str, Any]:
     predicted = trial.user_attrs.get("predicted", {})
     infeasible = any(value > 0 for value in trial.constraints.values())
     state = {"COMPLETE": "complete", "PRUNED": "infeasible" if infeasible else "pruned"}.get(trial.state.name, "failed")
@@ -120,7 +126,7 @@ def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         "metric": trial.value if trial.state.name == "COMPLETE" else None,
         "predicted_latency_us": predicted.get("latency"),
         "predicted_size_bytes": predicted.get("size"),
-        "rung": "one-shot",
+        "rung": f"one-shot, {label}" if label else "one-shot",
     }
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
 import optuna.trial
 
-from automl_compress.core.budget import Budget, Cost, Limit, format_metric
+from automl_compress.core.budget import Budget, Cost, Limit, format_metric, share_of
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures
 from automl_compress.deploy.run_folder import RunFolder
@@ -35,7 +36,9 @@ from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
 from automl_compress.search.study import (
+    ADOPTED,
     Objective,
+    adopt_trials,
     best_feasible,
     open_study,
     ranked,
@@ -44,16 +47,24 @@ from automl_compress.search.study import (
     trial_counts,
 )
 from automl_compress.search.table import AdditiveTable
+from automl_compress.search.timing import Clock
 
 # The search aims a little below a budget: a prediction errs by a percent or two, and a miss costs a distillation.
 AIM = {"latency": 0.985, "memory": 0.97}
+_LEAST_MEASURED = 3  # models at the end: the original, what is delivered, a plan before it
+_PACED = 8  # sensitivities after which the time that the others take is foreseen
 _REACH = 1.03  # an estimate this far above a limit is not yet proof that the limit can't be met
 STUDY = "one-shot"
 
 
 @dataclass
 class Campaign:
-    """The state of one search. `limits` are the budgets as written, `budget` what they come to beside the original."""
+    """The state of one search. `limits` are the budgets as written, `budget` what they come to beside the original.
+
+    measured  plan -> its cost as measured; `rejected`: plan -> why its finished model can't be delivered
+    clock     the time limit, and what things take
+    legs      the same search under other budgets (see `leg`), by label; shared by all of them
+    """
 
     bench: Workbench
     space: SearchSpace
@@ -70,12 +81,20 @@ class Campaign:
     budget: Budget = field(init=False)
     table: AdditiveTable = field(init=False)
     measured: dict[str, Cost] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    legs: dict[str, Campaign] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+    label: str = ""
     _study: optuna.Study | None = None
+    _begun: bool = False
     _milp: Plan | None = None
 
     def learn(self) -> None:
         """Everything that comes before the first trial. Raises InfeasibleError if no trial could help."""
         self.measure_original()
+        self.clock.require(
+            _LEAST_MEASURED * (self.clock.typical("measuring") or 0.0), "measuring what is to be delivered"
+        )
         self.learn_device()
         self.require_feasible()
         self.learn_quality()
@@ -88,11 +107,13 @@ class Campaign:
             self.folder.write_bytes("original.onnx", self.bench.original.SerializeToString())
         known = self.folder.read_json("original.json")
         if known is None:
-            timing = self.device.compare({"original": path})["original"]
+            with self.clock.timing("measuring"):
+                timing = self.device.compare({"original": path})["original"]
+                memory_bytes = self.device.memory_bytes(path)
             known = {
                 "latency_us": timing.median_us,
                 "size_bytes": path.stat().st_size,
-                "memory_bytes": self.device.memory_bytes(path),
+                "memory_bytes": memory_bytes,
                 "provenance": timing.provenance,
             }
             self.folder.write_json("original.json", known)
@@ -135,8 +156,34 @@ class Campaign:
         """Measure, or read from the run folder, what each option costs in quality."""
         self.progress.stage("measuring sensitivities", sum(len(d.options) for d in self.space.decisions))
         file = self.folder.file("sensitivity.jsonl")
-        quality: Sensitivity = measure_sensitivity(self.bench, self.space, file, self.progress.advance)
+        options = sum(len(d.options) for d in self.space.decisions)
+        begun, measured = self.clock.now(), 0
+
+        def advance() -> None:
+            nonlocal measured
+            measured += 1
+            self.progress.advance()
+            pace = (self.clock.now() - begun) / measured
+            if measured >= _PACED:
+                self.clock.require(pace * (options - measured), "measuring what the options cost in quality")
+
+        quality: Sensitivity = measure_sensitivity(self.bench, self.space, file, advance)
         self.table = replace(self.table, quality=quality)
+
+    def leg(self, metric: str, share: float) -> Campaign:
+        """The same search with one budget set to a share of the original's figure, with a study of its own.
+
+        What was learned, measured, rejected and evaluated is shared.
+        """
+        limit = share_of(metric, round(share, 3))
+        label = f"{metric} {limit.text}"
+        if label not in self.legs:
+            leg = copy(self)
+            leg.limits, leg.label = {**self.limits, metric: limit}, label
+            leg._study, leg._milp, leg._begun = None, None, False
+            leg.budget = Budget.resolve(leg.limits, self.original)
+            self.legs[label] = leg
+        return self.legs[label]
 
     def explore(self, trials: int, timeout: float | None = None) -> None:
         """One-shot trials until the study holds `trials` finished ones, or `timeout` seconds are over."""
@@ -170,12 +217,35 @@ class Campaign:
             self._study = open_study(
                 self.storage or self.folder.path, self._study_name, sampler, fingerprint=self.identity
             )
+            self._begun = True
+            if self.label:
+                adopt_trials(self._study, self._objective(), self._evaluated_elsewhere())
             if self.storage and "space" not in self._study.user_attrs:
                 self._study.set_user_attr("space", self.folder.read_json("space.json"))
         return self._study
 
+    def _evaluated_elsewhere(self) -> list[optuna.trial.FrozenTrial]:
+        studies = (leg.study() for leg in self.legs.values() if leg.label != self.label and leg.has_study)
+        return [
+            trial for study in studies for trial in study.get_trials(deepcopy=False) if ADOPTED not in trial.user_attrs
+        ]
+
     def _objective(self) -> Objective:
-        return Objective(space=self.space, budget=self.aim, predict=self.predict, evaluate=self.bench.one_shot)
+        return Objective(space=self.space, budget=self.aim, predict=self.predict, evaluate=self.evaluate)
+
+    def evaluate(self, plan: Plan) -> float:
+        """The plan's one-shot metric."""
+        with self.clock.timing("trial"):
+            return self.bench.one_shot(plan)
+
+    def recovery_study(self) -> optuna.Study:
+        """The study of what is distilled, rung by rung, beside the one-shot study."""
+        return open_study(
+            self.storage or self.folder.path,
+            f"{self._study_name} recovery",
+            optuna.samplers.RandomSampler(seed=self.seed),
+            fingerprint=self.identity,
+        )
 
     def seeds(self) -> dict[str, Plan]:
         """The plans that every search starts from, by label."""
@@ -186,7 +256,8 @@ class Campaign:
 
     def _first_milp(self) -> Plan:
         """The table's optimum as it was before any trial; the original where there is none within the budget."""
-        known = self.folder.read_json("milp.json")
+        name = f"milp-{self.label.replace(' ', '-').replace('%', 'pct')}.json" if self.label else "milp.json"
+        known = self.folder.read_json(name)
         if known is None:
             limits = self._table_limits()
             found = loosest_optimum(
@@ -194,7 +265,7 @@ class Campaign:
                 self.fits,
             )
             known = (found or Plan()).to_json(self.bench.graph)
-            self.folder.write_json("milp.json", known)
+            self.folder.write_json(name, known)
         return Plan.from_json(known, self.bench.graph)
 
     def tighten(self, predicted: Cost, measured: Cost) -> None:
@@ -222,7 +293,10 @@ class Campaign:
         return self.forecast.predict(plan)
 
     def fits(self, plan: Plan) -> bool:
-        """Whether the plan meets the budget: as measured, or as predicted with some room for the prediction's error."""
+        """Whether the plan meets the budget: as measured, or as predicted with some room for the prediction's error.
+        A plan whose finished model was rejected doesn't."""
+        if plan.key in self.rejected:
+            return False
         if plan.key in self.measured:
             return self.budget.met(self.measured[plan.key])
         return self.aim.met(self.predict(plan))
@@ -245,10 +319,20 @@ class Campaign:
     @property
     def has_study(self) -> bool:
         """Whether the search got as far as its first trial."""
-        return self._study is not None
+        return self._begun
 
     def trial_counts(self) -> dict[str, int]:
-        return trial_counts(self.study()) if self.has_study else {}
+        """How the trials ended, under all budgets together where there are several."""
+        counts: dict[str, int] = {}
+        for study in self.studies().values():
+            for state, count in trial_counts(study).items():
+                counts[state] = counts.get(state, 0) + count
+        return counts
+
+    def studies(self) -> dict[str, optuna.Study]:
+        """Label of the budget ('' for the search's own) -> its study, of those that got as far as a study."""
+        campaigns = [self] if self.label else [self, *self.legs.values()]
+        return {campaign.label: campaign.study() for campaign in campaigns if campaign.has_study}
 
     def floors(self) -> dict[str, float]:
         """Metric -> the lowest predicted figure that the space reaches, for each budget."""
@@ -268,9 +352,14 @@ class Campaign:
         """The original's validation metric, measured once for a run folder."""
         known = self.folder.read_json("original-metric.json")
         if known is None:
-            known = {"metric": self.bench.metric(self.bench.original, "validation")}
+            with self.clock.timing("metric"):
+                known = {"metric": self.bench.metric(self.bench.original, "validation")}
             self.folder.write_json("original-metric.json", known)
         return float(known["metric"])
+
+    def original_sampled_metric(self) -> float:
+        """The original's metric on the validation samples of one-shot trials."""
+        return self.bench.metric(self.bench.original, self.bench.validation)
 
     def ranked(self, count: int) -> list[Plan]:
         """Plans of finished trials, best first, that today's cost model still finds within the budget."""
@@ -324,7 +413,8 @@ class Campaign:
     def _study_name(self) -> str:
         """In a storage that others use, too, a name that only the same search arrives at."""
         digest = hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()[:12]
-        return f"{STUDY}-{digest}" if self.storage else STUDY
+        name = f"{STUDY}-{digest}" if self.storage else STUDY
+        return f"{name} {self.label}" if self.label else name
 
     def _shared_space(self) -> Any:
         """What the search that this process joins offers; options measured apart could differ by a dominated one."""

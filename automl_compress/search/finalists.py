@@ -1,35 +1,35 @@
-"""From one-shot trials to finished models: measure the best on the device, distil those that fit, keep the best."""
+"""From one-shot trials to plans that fit: the best are measured on the device, and a miss corrects the cost model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import Plan
-from automl_compress.errors import CompressError, InfeasibleError
+from automl_compress.errors import InfeasibleError
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
-from automl_compress.search.ladder import SURVIVORS, Candidate, Recovery, short
-from automl_compress.search.seeds import MILP, UNIFORM
-from automl_compress.techniques.training.log import StepReport
-from automl_compress.techniques.training.settings import Training
 
 _CONFIRM = 8
 _ROUNDS = 4
 
 
-def finalists(campaign: Campaign, trials: int, timeout: float | None = None) -> list[Plan]:
+def finalists(campaign: Campaign, trials: int, exploring: float | None = None) -> list[Plan]:
     """The best one-shot plans that were measured on the device and are within the budget, best first.
 
-    Where none of the best is, the cost model is corrected and the search goes on. Raises InfeasibleError after some
-    rounds of that.
+    exploring  seconds for trials in all, None without a limit
+
+    Where none of the best is within the budget, the cost model is corrected and the search goes on. Raises
+    InfeasibleError after some rounds of that.
     """
+    clock = campaign.clock
+    until = None if exploring is None else clock.now() + exploring
     for number in range(_ROUNDS):
-        campaign.explore(trials + number * max(8, trials // 4), timeout)
+        left = None if until is None else max(0.0, until - clock.now())
+        campaign.explore(trials + number * max(8, trials // 4), left)
         if not sum(campaign.trial_counts().values()):
-            raise CompressError("the time limit was over before the first trial; give more time, the caches are kept")
+            clock.refuse("it was over before the first trial", clock.typical("trial") or 1.0)
         pool = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key not in campaign.measured][:_CONFIRM]
         confirm(campaign, pool)
         passed = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key in campaign.measured]
@@ -54,7 +54,8 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
     campaign.progress.stage(what, len(plans))
     with ExitStack() as files:
         paths = {p.key: files.enter_context(device.saved(campaign.bench.structure(p))) for p in plans}
-        timings = device.compare({"original": campaign.folder.path / "original.onnx", **paths})
+        with campaign.clock.timing("measuring", units=1 + len(paths)):
+            timings = device.compare({"original": campaign.folder.path / "original.onnx", **paths})
         memory = {key: device.memory_bytes(path) for key, path in paths.items()} if "memory" in budget.limits else {}
     misses = []
     for plan in plans:
@@ -72,39 +73,3 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
     if len(misses) == len(plans):
         _, predicted, measured = min(misses, key=lambda miss: miss[0])
         campaign.tighten(predicted, measured)
-
-
-def climb(campaign: Campaign, plans: Sequence[Plan], schedule: Training, recovery: Recovery) -> list[Candidate]:
-    """Distil briefly, keep the best, distil fully: the finished candidates, best first."""
-    survivors = list(plans[:SURVIVORS])
-    if schedule.epochs > 0 and len(survivors) > 1:
-        tried = [recover(campaign, plan, "short", short(schedule), recovery) for plan in survivors]
-        order = sorted(range(len(tried)), key=lambda i: -tried[i].metric)
-        survivors = [survivors[i] for i in order]
-    return [recover(campaign, survivors[0], "full", schedule, recovery)]
-
-
-def recover(campaign: Campaign, plan: Plan, rung: str, schedule: Training, recovery: Recovery) -> Candidate:
-    """One recovery with progress."""
-    campaign.progress.stage(f"{rung} distillation", None)
-
-    def on_step(report: StepReport) -> None:
-        if report.step == 1:
-            campaign.progress.stage(report.label, report.steps)
-        campaign.progress.advance(1, **report.facts())
-
-    candidate = recovery.recover(plan, rung, schedule, on_step)
-    cost = campaign.describe(replace(candidate.plan, kept={}))
-    campaign.progress.note(f"{rung} distillation: {candidate.metric:.4f} on validation at {cost}")
-    return candidate
-
-
-def baselines(campaign: Campaign, schedule: Training, recovery: Recovery) -> dict[str, Candidate]:
-    """What the search has to beat, recovered like its own finalists: uniform quantization and the table's optimum."""
-    plans = {name: plan for name, plan in campaign.seeds().items() if name.startswith(UNIFORM) or name == MILP}
-    return {name: recover(campaign, plan, "full", schedule, recovery) for name, plan in plans.items()}
-
-
-def within_budget(campaign: Campaign, baselines: Mapping[str, Candidate]) -> list[Candidate]:
-    """Those that are predicted to meet the budget: should one be best, it is what the user gets."""
-    return [c for c in baselines.values() if campaign.fits(c.plan)]

@@ -1,7 +1,7 @@
-"""The fidelity ladder: one-shot, short distillation, full distillation, and who goes up.
+"""One step of the ladder: a plan's model, recovered as far as its rung says, and kept.
 
-A rung's metric is compared within the rung only. One-shot trials are the Optuna study; what was distilled is kept in
-the run folder, plan by plan, so that a run that was stopped trains nothing twice.
+What was distilled is kept in the run folder, plan by plan and rung by rung, so that a run that was stopped trains
+nothing twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from automl_compress.core.masks import NO_MASK
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import ExportError, PlanError, RunFolderError
+from automl_compress.model.surgery import copy_model
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
@@ -32,16 +33,15 @@ from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.files import PREFIX, from_tensors, to_tensors
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.tune import Limits, Quantization
+from automl_compress.techniques.training.data import batches_in
 from automl_compress.techniques.training.log import OnStep, TrainingLog
 from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Resources, Training
 
-SHORT_SHARE = 1 / 6
 FULL = "full"
 # Training with rounding starts from a distilled model: less of it, and at a smaller rate, since batch-norms are folded.
 ROUNDING_SHARE = 1 / 3
 ROUNDING_RATE = 1 / 4
-SURVIVORS = 4
 # Steps of a quantized value are finer than bfloat16, and the quantized graph is computed on the processor.
 PRECISE = Resources(device="cpu", precision="float32")
 
@@ -106,11 +106,6 @@ def plan_file(candidate: Candidate, bench: Workbench) -> dict[str, Any]:
     ranges = {value: list(limits) for value, limits in candidate.ranges.items()}
     executions = [[kind, bits, how] for (kind, bits), how in sorted(bench.executions.items())]
     return {**candidate.plan.to_json(bench.graph), "ranges": ranges, "executions": executions}
-
-
-def short(schedule: Training) -> Training:
-    """The short rung's schedule: a sixth of the full one."""
-    return replace(schedule, epochs=schedule.epochs * SHORT_SHARE)
 
 
 class Recovery:
@@ -212,13 +207,28 @@ class Recovery:
             seed=bench.seed,
             resources=Resources(checkpoint=self._folder.file(*f"{name}.training".split("/"))),
             on_step=on_step,
-            label=self._label(rung),
+            label=self.label(rung),
         )
 
-    def _label(self, rung: str) -> str:
-        """Says what is learned, too, where it isn't the default: a checkpoint of other losses is another training's."""
+    def label(self, rung: str) -> str:
+        """A training's name. It says what is learned where that isn't the default: a checkpoint of other losses is
+        another training's."""
         what = "" if str(self._losses) == DEFAULT else f" ({self._losses})"
         return f"{rung} distillation{what}"
+
+    def time_steps(self, steps: int, schedule: Training, on_step: OnStep) -> None:
+        """Train a copy of the original for some steps, for nothing but the time that they take."""
+        bench = self._bench
+        epochs = steps / batches_in(bench.task)
+        train(
+            copy_model(bench.teacher),
+            bench.task,
+            self._objective(Plan()),
+            replace(schedule, epochs=epochs),
+            seed=bench.seed,
+            on_step=on_step,
+            label="timing training",
+        )
 
     def _objective(self, plan: Plan) -> Distillation:
         bench = self._bench

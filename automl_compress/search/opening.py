@@ -70,7 +70,7 @@ def _campaign_on(
     loaded = load(task, options.get("weights"))
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
-    offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.limits)
+    offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.searched)
     space = resolve(rules, graph, offered, held_back)
     space.require_effect()
     identity = {
@@ -78,7 +78,7 @@ def _campaign_on(
         "graph": graph.fingerprint,
         "space": space.fingerprint,
         "profile": device_profile.path.stem,
-        "budget": ", ".join(f"{m} {limit.text}" for m, limit in settings.limits.items()),
+        "budget": settings.asked,
         "seed": str(options.get("seed") or 0),
     }
     with RunFolder(folder, identity) as run_folder:
@@ -92,7 +92,8 @@ def _campaign_on(
             ),
             space=space,
             device=device,
-            limits=settings.limits,
+            limits=settings.searched,
+            clock=settings.clock,
             folder=run_folder,
             progress=progress,
             identity=identity,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from automl_compress import __version__
-from automl_compress.core.budget import Limit
+from automl_compress.core.budget import Limit, share_of
+from automl_compress.core.goal import Front, Goal
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.timing import Clock
 from automl_compress.techniques.distillation.losses import Losses, parse_losses
 from automl_compress.techniques.training.settings import Training
 
@@ -20,19 +21,43 @@ _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of one run with their defaults filled in. `from_spec`: the task was named, not handed over."""
+    """The options of one run with their defaults filled in.
+
+    limits     the budgets as written; with an `aim` there may be none
+    aim        the cheapest good enough model, or a front; None: the best model within the limits
+    from_spec  the task was named, not handed over
+    """
 
     limits: Mapping[str, Limit]
     options: Mapping[str, Any]
+    aim: Goal | Front | None = None
     from_spec: bool = True
-    deadline: float | None = None
-    begun: float = field(default_factory=time.monotonic)
+    clock: Clock = field(default_factory=Clock)
 
-    def left(self, share: float = 1.0) -> float | None:
-        """Seconds until this share of the time limit is used up, None without a limit."""
-        if self.deadline is None:
-            return None
-        return max(0.0, self.begun + (self.deadline - self.begun) * share - time.monotonic())
+    @property
+    def goal(self) -> Goal | None:
+        return self.aim if isinstance(self.aim, Goal) else None
+
+    @property
+    def front(self) -> Front | None:
+        return self.aim if isinstance(self.aim, Front) else None
+
+    @property
+    def asked(self) -> str:
+        """Budgets and goal in words; a run with others is another run."""
+        budgets = [f"{metric} {limit.text}" for metric, limit in self.limits.items()]
+        if self.goal is not None:
+            budgets.append(f"least {self.goal.minimise} with {self.goal.text.removeprefix('--')}")
+        elif self.aim is not None:
+            budgets.append(self.aim.text)
+        return ", ".join(budgets)
+
+    @property
+    def searched(self) -> dict[str, Limit]:
+        """The limits that the search works with: what is to be as little as possible is at most the original's."""
+        if self.aim is None or self.aim.minimise in self.limits:
+            return dict(self.limits)
+        return {**self.limits, self.aim.minimise: share_of(self.aim.minimise, 1.0)}
 
     @property
     def schedule(self) -> Training:
@@ -80,5 +105,7 @@ def reproduce(campaign: Campaign, settings: Settings) -> str:
         return f"compress(task, {', '.join([*words, f'output={folder!r}'])})  # task: {task}"
     if "timeout" in options:
         options["timeout"] = f"{options['timeout']:g}s"
-    words = [word for name, value in options.items() for word in (f"--{name}", shlex.quote(str(value)))]
+    words = [
+        word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", shlex.quote(str(value)))
+    ]
     return " ".join(["automl-compress search", shlex.quote(task), *words, "-o", shlex.quote(folder)])

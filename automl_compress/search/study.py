@@ -34,8 +34,11 @@ from automl_compress.search.storage import (
 )
 
 __all__ = [
+    "ADOPTED",
     "Objective",
+    "adopt_trials",
     "best_feasible",
+    "evaluated",
     "join_study",
     "open_study",
     "ranked",
@@ -48,6 +51,7 @@ __all__ = [
 Stopped = Literal["trials", "time", "exhausted"]
 Callback = Callable[[Study, FrozenTrial], None]
 Value = float | Sequence[float]
+ADOPTED = "adopted"
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -174,10 +178,10 @@ def _feasible(trial: FrozenTrial) -> bool:
 
 
 def _counted(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The finished trials, without those that were interrupted and take place again."""
+    """The finished trials, without those that were interrupted and take place again, or were adopted."""
     trials = list(trials)
     gone = interrupted(trials)
-    return [t for t in trials if t.state in _FINISHED and t.number not in gone]
+    return [t for t in trials if t.state in _FINISHED and t.number not in gone and ADOPTED not in t.user_attrs]
 
 
 def _claimed(study: Study, is_dead: Callable[[str], bool]) -> int:
@@ -219,19 +223,63 @@ def seed_plans(study: Study, space: SearchSpace, plans: Mapping[str, Plan]) -> t
     return tuple(impossible)
 
 
+def adopt_trials(study: Study, objective: Objective, trials: Iterable[FrozenTrial]) -> int:
+    """Copy what was evaluated under other budgets into a study that has no trial yet; returns how many were copied.
+
+    Each is held against this study's budget by its predicted cost; the sampler learns from all of them. They don't
+    count as trials of this study.
+    """
+    if study.get_trials(deepcopy=False):
+        return 0
+    keys: set[str] = set()
+    for trial in trials:
+        plan = trial_plan(objective.space, trial) if trial.state == TrialState.COMPLETE else None
+        key = objective.space.plan_key(plan) if plan is not None else ""
+        if plan is None or key in keys or "repeat_of" in trial.user_attrs:
+            continue
+        keys.add(key)
+        cost = objective.predict(plan)
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=dict(objective.space.params(plan)),
+                distributions=dict(objective.space.distributions()),
+                values=trial.values,
+                constraints=objective.budget.constraints(cost),
+                user_attrs={
+                    ADOPTED: True,
+                    "plan": key,
+                    "predicted": {metric: cost.of(metric) for metric in METRICS},
+                },
+            )
+        )
+    return len(keys)
+
+
+def evaluated(study: Study) -> list[tuple[dict[str, float], float]]:
+    """(predicted cost by metric, value) of every plan that was evaluated in this study itself."""
+    return [
+        (trial.user_attrs["predicted"], float(trial.values[0]))
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if ADOPTED not in trial.user_attrs
+    ]
+
+
 def best_feasible(study: Study) -> FrozenTrial | None:
     """The completed trial with the best value among those that meet the budget as predicted; None if there is none."""
     return next(iter(_best_first(study)), None)
 
 
 def trial_counts(study: Study) -> dict[str, int]:
-    """How the trials ended: complete, infeasible, pruned, failed, interrupted; and running, waiting."""
+    """How the trials ended: complete, infeasible, pruned, failed, interrupted; and running, waiting. 'reused' are those
+    that were run under other budgets, where there are any."""
     counts = dict.fromkeys(("complete", "infeasible", "pruned", "failed", INTERRUPTED, "running", "waiting"), 0)
     plain = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
     trials = study.get_trials(deepcopy=False)
     gone = interrupted(trials)
     for trial in trials:
-        if trial.state == TrialState.PRUNED:
+        if ADOPTED in trial.user_attrs:
+            counts["reused"] = counts.get("reused", 0) + 1
+        elif trial.state == TrialState.PRUNED:
             counts["pruned" if _feasible(trial) else "infeasible"] += 1
         elif trial.state == TrialState.FAIL:
             counts[INTERRUPTED if trial.number in gone else "failed"] += 1

@@ -19,12 +19,10 @@ from automl_compress.errors import PlanError, RunFolderError
 from automl_compress.model.task import accuracy
 from automl_compress.search import ladder
 from automl_compress.search.ladder import (
-    SHORT_SHARE,
     Candidate,
     Recovery,
     read_plan,
     rebuild,
-    short,
     stored_quantization,
 )
 from automl_compress.techniques.distillation.features import layer_inputs
@@ -193,11 +191,6 @@ def test_a_damaged_record_is_named(folder: RunFolder) -> None:
     record.write_text(json.dumps({**data, "metric": None}))
     with pytest.raises(RunFolderError, match=r"damaged.*delete it"):
         recover(folder)
-
-
-def test_the_short_rung_trains_a_share_of_the_full_one() -> None:
-    assert short(SCHEDULE).epochs == pytest.approx(SCHEDULE.epochs * SHORT_SHARE)
-    assert short(SCHEDULE).learning_rate == SCHEDULE.learning_rate
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

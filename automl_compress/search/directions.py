@@ -1,0 +1,61 @@
+"""The best model within budgets. What all directions share: a finished model is verified, or the search goes on."""
+
+from __future__ import annotations
+
+from automl_compress.errors import CompressError, ExportError, InfeasibleError
+from automl_compress.search.campaign import Campaign
+from automl_compress.search.climb import Climber, baseline_plans, within_budget
+from automl_compress.search.deliver import Verified, verify
+from automl_compress.search.finalists import finalists
+from automl_compress.search.ladder import Candidate
+from automl_compress.search.settings import Settings
+
+Found = tuple[Candidate, Verified]
+DELIVERIES = 4
+
+
+def best_model(campaign: Campaign, settings: Settings) -> Found:
+    """Search, recover, verify; a miss corrects the cost model, and the search goes on.
+
+    Raises InfeasibleError where nothing was found that meets the budget.
+    """
+    trials, climber = int(settings.options["trials"]), Climber(campaign, settings)
+    for attempt in range(DELIVERIES):
+        beside = len(baseline_plans(campaign))
+        plans = finalists(campaign, trials + attempt, climber.allot(trials, baselines=beside).exploring)
+        allotment = climber.allot(0, baselines=beside)
+        finished = climber.climb(campaign, plans, allotment)
+        beaten = climber.baselines(campaign, allotment)
+        best = max([finished, *within_budget(campaign, beaten)], key=lambda candidate: candidate.metric)
+        verified = verified_or_rejected(campaign, best, beaten)
+        if verified is not None:
+            return best, verified
+    raise none_left(campaign, DELIVERIES)
+
+
+def verified_or_rejected(campaign: Campaign, candidate: Candidate, beaten: dict[str, Candidate]) -> Verified | None:
+    """A finished model's figures if it is sound and within the budget; else None, and the search knows why."""
+    key = candidate.plan.key
+    try:
+        verified = verify(campaign, candidate, beaten)
+    except ExportError as error:
+        campaign.rejected[key] = str(error)
+        campaign.progress.note(f"a finished model was rejected ({error}); the search goes on")
+        return None
+    if verified.met:
+        return verified
+    campaign.progress.note("the finished model missed the budget; the search goes on")
+    campaign.measured[key] = verified.beside(campaign.original)
+    return None
+
+
+def none_left(campaign: Campaign, count: int) -> CompressError:
+    """What to raise after so many finished models, none of which could be delivered."""
+    if campaign.rejected:
+        reason = next(reversed(campaign.rejected.values()))
+        return ExportError(f"{len(campaign.rejected)} finished models were rejected, the last one because: {reason}")
+    return InfeasibleError(
+        f"{count} finished models missed the budget when measured",
+        nearest=campaign.floors(),
+        binding=campaign.binding(),
+    )
