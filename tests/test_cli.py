@@ -90,6 +90,21 @@ def test_search_passes_every_option_on() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        ("--max-drop 1%", {"max_drop": "1%"}),
+        ("--min-metric 0.9 --minimise size --latency 40%", {"min_metric": "0.9", "minimise": "size", "latency": "40%"}),
+        ("--front 5", {"front": 5}),
+    ],
+)
+def test_other_directions_need_no_budget(line: str, asked: dict[str, Any]) -> None:
+    api = FakeApi()
+    assert main(["search", "t.py", *line.split()], api=api) == 0
+    [(_, _, options)] = api.calls
+    assert asked.items() <= options.items()
+
+
 def test_defaults() -> None:
     api = FakeApi()
     main(SEARCH, api=api)
@@ -162,6 +177,13 @@ def test_bad_budgets_are_one_line_before_anything_begins(latency: str, capsys: p
         ("search t.py --trials 0", "--trials"),
         ("search t.py --latency", "requires an argument"),
         ("search t.py", "no budget given"),
+        ("search t.py --minimise size --latency 40%", "--minimise is for"),
+        ("search t.py --max-drop lots", "can't be read"),
+        ("search t.py --max-drop 1% --min-metric 0.9", "one of them"),
+        ("search t.py --min-metric 91%", "own units"),
+        ("search t.py --front 1", "2 to 50"),
+        ("search t.py --front 3 --max-drop 1%", "give one of them"),
+        ("worker t.py --front 3 --storage sqlite:///x.db", "joins a search within budgets"),
         ("search t.py --latency 40% --timeout soon", "--timeout 'soon'"),
         ("worker t.py --latency 40%", "--storage"),
         ("search t.py --latency 40% --recovery slow", "'slow' is unknown; choose one of fine-tune, gradual"),
