@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,16 +202,25 @@ def milp(laboratory: Laboratory, share: float) -> Plan:
 
 
 def fitted(laboratory: Laboratory, share: float, plan: Plan, rng: np.random.Generator) -> Plan:
-    """The plan, cut further by one option of one decision at a time, drawn at random, until it meets the budget."""
+    """The plan, cut further by one option of one decision at a time, in an order drawn at random, until it meets the
+    budget."""
     budget, space = laboratory.budget(share), laboratory.space
     params = dict(space.params(plan))
-    while not budget.met(laboratory.predict(space.plan(params))):
-        open_ = [d for d in space.decisions if d.kind != "width" and params[d.name] != d.options[-1]]
-        if not open_:
-            raise SystemExit(f"even the narrowest plan is over {share:.0%} of the latency")
-        decision = open_[int(rng.integers(len(open_)))]
-        params[decision.name] = decision.options[decision.options.index(params[decision.name]) + 1]
-    return space.plan(params)
+    at = {d.name: d.options.index(params[d.name]) for d in space.decisions if d.kind != "width"}
+    steps = [name for name, index in at.items() for _ in range(len(space.decision[name].options) - 1 - index)]
+    order = [steps[i] for i in rng.permutation(len(steps))]
+
+    def after(count: int) -> Plan:
+        taken = Counter(order[:count])
+        return space.plan({**params, **{n: space.decision[n].options[i + taken[n]] for n, i in at.items()}})
+
+    few, many = -1, len(order)
+    if not budget.met(laboratory.predict(after(many))):
+        raise SystemExit(f"even the narrowest plan is over {share:.0%} of the latency")
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if budget.met(laboratory.predict(after(middle))) else (middle, many)
+    return after(many)
 
 
 def _once(function: Callable[[Plan], Plan]) -> Callable[[Plan], Plan]:
