@@ -4,9 +4,9 @@ Every route is a ladder of cuts (`search_peers`), and the largest of them whose 
 budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search's plans come
 from part (a)'s run of the product's sampler; those that are within the budget when measured are judged by the product's
 own one-shot metric, the best of them by a short distillation, as in the product's ladder. Then all get the same
-distillation, calibration and export, the product's defaults; other routes start from the weights that they cut, the
-search's plan from its repaired ones. The test images are read once a model. In the end all models take turns in one run
-of bursts beside the original.
+distillation, calibration and export: the product's defaults without the last stage, training with rounding. Other
+routes start from the weights that they cut, the search's plan from its repaired ones. The test images are read once a
+model. In the end all models take turns in one run of bursts beside the original.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ from torch import nn
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.timer import ratio
 from automl_compress.progress import Progress
+from automl_compress.recovery.job import Job
+from automl_compress.recovery.modes import mode_of
+from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.search.timing import rungs
+from automl_compress.techniques.distillation.losses import Losses
 from automl_compress.techniques.distillation.objective import Distillation
+from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.prune import apply_plan
-from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Training
 
 OURS = "search"
@@ -90,8 +94,13 @@ class Deliveries:
         for length in epochs:
             for share in shares:
                 plan = self._searched(share)
+                if plan is None:
+                    self.progress.note(
+                        f"no search at {share:.0%} was kept, or none of its plans fits: run part a first"
+                    )
+                    continue
                 found.append(Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}"))
-            for route in (UNTOUCHED, *ROUTES):
+            for route in (*ROUTES, UNTOUCHED):
                 found += [self._cut(route, share, length) for share in shares]
         return found
 
@@ -101,8 +110,7 @@ class Deliveries:
             return
         self.progress.stage(f"{item.name}: {item.epochs:g} epochs", None)
         bench = self.laboratory.bench
-        model, plan = self._start(item.route, item.plan)
-        self._train(model, item.epochs)
+        model, plan = self._recovered(item.route, item.plan, item.epochs)
         exported = bench.export(model, plan, bench.quantization(model, plan, thorough=True))
         onnx.save(exported, self._path(item))
         validation, test = (bench.metric(exported, split) for split in ("validation", "test"))
@@ -164,12 +172,13 @@ class Deliveries:
     def _finalists(self, share: float) -> list[Plan]:
         return best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[: 2 * _FINALISTS]
 
-    def _searched(self, share: float) -> Plan:
+    def _searched(self, share: float) -> Plan | None:
         """The search's choice: of its best plans that were measured within the budget, by one-shot metric, then by
         short distillation."""
-        pool = [p for p in self._finalists(share) if self._ratios.known[f"{OURS}-{p.key}"] <= _AIM * share]
+        measured = [(p, self._ratios.known.get(f"{OURS}-{p.key}")) for p in self._finalists(share)]
+        pool = [plan for plan, latency in measured if latency is not None and latency <= _AIM * share]
         if not pool:
-            raise SystemExit(f"none of the search's best plans is within {share:.0%} when measured")
+            return None
         self.progress.stage(f"judging the search's finalists at {share:.0%}", len(pool[:_FINALISTS]))
         for plan in pool[:_FINALISTS]:
             if plan.key not in self._one_shot.known:
@@ -178,20 +187,37 @@ class Deliveries:
         best = sorted(pool[:_FINALISTS], key=lambda plan: -self._one_shot.known[plan.key])[:_SHORT]
         for plan in best:
             if f"short {plan.key}" not in self._one_shot.known:
-                model, full = self._start(OURS, plan)
-                self._train(model, rungs(Training().epochs, 4)[0].epochs)
+                model, full = self._recovered(OURS, plan, rungs(Training().epochs, 4)[0].epochs)
                 metric = self.laboratory.bench.metric(self.laboratory.bench.export(model, full), "validation")
                 self._one_shot.add(f"short {plan.key}", metric)
         return max(best, key=lambda plan: float(self._one_shot.known[f"short {plan.key}"]))
 
-    def _start(self, route: str, plan: Plan) -> tuple[nn.Module, Plan]:
-        """The model that training starts from: repaired for the search alone."""
-        bench = self.laboratory.bench
-        return bench.student(plan) if route == OURS else (apply_plan(bench.teacher, bench.graph, plan), plan)
+    def _recovered(self, route: str, plan: Plan, epochs: float) -> tuple[nn.Module, Plan]:
+        """Trained as the product does by default, from the repaired model for the search alone."""
+        bench, losses = self.laboratory.bench, Losses()
+        started, full = bench.student(plan) if route == OURS else (None, plan)
 
-    def _train(self, model: nn.Module, epochs: float) -> None:
-        bench = self.laboratory.bench
-        train(model, bench.task, Distillation(bench.task, bench.teacher), Training(epochs=epochs), seed=0)
+        def make(other: Plan, whole: nn.Module) -> nn.Module:
+            if route != OURS:
+                return apply_plan(whole, bench.graph, other)
+            asked = started is not None and whole is bench.teacher and other == full
+            return started if asked else bench.students.make(other, whole).model  # type: ignore[return-value]
+
+        def objective(other: Plan) -> Distillation:
+            pairs = pair_layers(bench.graph, other, bench.teacher) if losses.features else ()
+            return Distillation(bench.task, bench.teacher, losses, pairs)
+
+        job = Job(
+            task=bench.task,
+            teacher=bench.teacher,
+            graph=bench.graph,
+            plan=full,
+            make=make,
+            objective=objective,
+            training=Training(epochs=epochs),
+        )
+        done = mode_of(DEFAULT_MODE)(job)
+        return done.model, done.plan
 
     def _key(self, item: Item) -> str:
         return f"{item.name} {item.epochs:g}"

@@ -95,8 +95,6 @@ def best_plans(laboratory: Laboratory, cache: Path, share: float, *, seeds: int)
         for data in done.known.get(key, {}).get("best", []):
             plan = Plan.from_json(data, laboratory.bench.graph)
             found[plan.key] = plan
-    if not found:
-        raise SystemExit(f"part c needs part a's searches with method {OURS} at {share:.0%}: run part a first")
     return sorted(found.values(), key=lambda plan: -laboratory.evaluate(plan))
 
 

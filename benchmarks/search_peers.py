@@ -39,7 +39,7 @@ REQUIREMENTS = (
     "safetensors",
     "torchprofile==0.0.4",
 )
-ROUTES = ("torch-pruning", "modelopt", "uniform-width", "dropped-blocks")
+ROUTES = ("dropped-blocks", "torch-pruning", "modelopt", "uniform-width")
 UNTOUCHED = "nothing-removed"
 _DRIVER = Path(__file__).resolve().parent / "search_peer_driver.py"
 _SCORING_BATCHES = 4
