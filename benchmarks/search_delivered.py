@@ -95,9 +95,7 @@ class Deliveries:
             for share in shares:
                 plan = self._searched(share)
                 if plan is None:
-                    self.progress.note(
-                        f"no search at {share:.0%} was kept, or none of its plans fits: run part a first"
-                    )
+                    self.progress.note(f"no plan of a search at {share:.0%} is within the budget: run part a first")
                     continue
                 found.append(Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}"))
             for route in (*ROUTES, UNTOUCHED):
