@@ -104,7 +104,8 @@ class Climber:
                 clock.record("epoch", found.seconds / schedule.epochs)
         cost = campaign.describe(replace(found.plan, kept={}))
         what = f"{schedule.epochs:g} epochs" if schedule.epochs else "repaired"
-        campaign.progress.note(f"{what}: {found.metric:.4f} on validation at {cost}")
+        known = f"; {self.recovery.cache.words}" if self.recovery.cache.hits else ""
+        campaign.progress.note(f"{what}: {found.metric:.4f} on validation at {cost}{known}")
         return found
 
     def _on_step(self, schedule: Training, rung: str, *, guarded: bool) -> OnStep:

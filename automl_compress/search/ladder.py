@@ -26,9 +26,11 @@ from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.search.evaluate import Workbench
+from automl_compress.techniques.distillation.cache import AnswerCache
 from automl_compress.techniques.distillation.losses import DEFAULT, Losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
+from automl_compress.techniques.distillation.teacher import samples_per_epoch
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.files import PREFIX, from_tensors, to_tensors
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
@@ -115,6 +117,7 @@ class Recovery:
         self, bench: Workbench, folder: RunFolder, losses: Losses | None = None, mode: str = DEFAULT_MODE
     ) -> None:
         self._bench, self._folder, self._losses, self._mode = bench, folder, losses or Losses(), check_mode(mode)
+        self.cache = AnswerCache()
 
     def recover(self, plan: Plan, rung: str, schedule: Training, on_step: OnStep | None = None) -> Candidate:
         """The recovered model of a plan at a rung, from the run folder if it is there.
@@ -233,7 +236,8 @@ class Recovery:
     def _objective(self, plan: Plan) -> Distillation:
         bench = self._bench
         pairs = pair_layers(bench.graph, plan, bench.teacher) if self._losses.features else ()
-        return Distillation(bench.task, bench.teacher, self._losses, pairs)
+        self.cache.begin(samples_per_epoch(bench.task))
+        return Distillation(bench.task, bench.teacher, self._losses, pairs, self.cache)
 
     def _unrounded(self, model: nn.Module, plan: Plan) -> float:
         """The metric on validation data before quantization; training with rounding can win back what lies between."""

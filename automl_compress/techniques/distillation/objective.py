@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from automl_compress.errors import TaskError, TrainingError
 from automl_compress.model.task import Batch, Task
 from automl_compress.techniques.distillation.balance import Balance
+from automl_compress.techniques.distillation.cache import AnswerCache
 from automl_compress.techniques.distillation.features import (
     adapted,
     attention_transfer,
@@ -45,18 +46,26 @@ class Distillation:
     only output, or one with `logits` in its name. Outputs of student and teacher must have the same names and shapes.
     Where it is asked for and means something (`mixing.mixable`), a part of each batch that is trained on is mixed.
 
+    pairs  features to compare, for losses that do
+    cache  of this teacher's answers, shared by trainings one after another; none by default
+
     Calling it raises TrainingError where they don't match, and TaskError for a loss that is no scalar or labels that
     are out of range.
     """
 
     def __init__(
-        self, task: Task, teacher: nn.Module, losses: Losses | None = None, pairs: Sequence[Pair] = ()
+        self,
+        task: Task,
+        teacher: nn.Module,
+        losses: Losses | None = None,
+        pairs: Sequence[Pair] = (),
+        cache: AnswerCache | None = None,
     ) -> None:
         self.task, self.losses = task, losses or Losses()
         self._pairs = tuple(pairs) if self.losses.features else ()
         if self.losses.features and not pairs:
             raise TrainingError(f"distillation loss {self.losses.features[0]} has nothing to compare: {_ON_OUTPUTS}")
-        self._teacher = Teacher(teacher, [pair.teacher for pair in self._pairs])
+        self._teacher = Teacher(teacher, [pair.teacher for pair in self._pairs], cache)
         automatic = [name for name, weight in self.losses.weights.items() if weight is None]
         self._balance = Balance([name for name in automatic if name not in (SOFT, TASK)])
         self._adapters = nn.ModuleList(

@@ -1,0 +1,206 @@
+"""A remembered teacher says what the real one says, is asked once for each sample, and gives up where it can't help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from automl_compress.core.plan import Plan
+from automl_compress.model.task import Task, prepare
+from automl_compress.model.trace import trace
+from automl_compress.techniques.distillation.cache import AnswerCache, digests
+from automl_compress.techniques.distillation.losses import parse_losses
+from automl_compress.techniques.distillation.objective import Distillation
+from automl_compress.techniques.distillation.pairing import pair_layers
+from automl_compress.techniques.distillation.teacher import Teacher, samples_per_epoch
+from automl_compress.techniques.training.loop import train
+from automl_compress.techniques.training.settings import Resources, Training
+from tests import tiny
+
+X = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+GRAPH = trace(tiny.teacher(), (X,))
+EXACT = Resources(device="cpu", precision="float32")
+
+
+class Counting(nn.Module):
+    """The tiny teacher, which knows how many samples it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.samples = tiny.teacher(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.samples += len(x)
+        return self.net(x)
+
+
+def test_known_samples_get_the_same_answer_in_any_order_and_mixture() -> None:
+    model, cache = Counting(), AnswerCache()
+    teacher, plain = Teacher(model, ["net.down"], cache), Teacher(Counting(), ["net.down"])
+    first = teacher((X[:16],))
+    assert torch.equal(first.outputs["output"], plain((X[:16],)).outputs["output"])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    for chosen in (torch.arange(15, -1, -1), order):
+        known, wanted = teacher((X[chosen],)), plain((X[chosen],))
+        torch.testing.assert_close(known.outputs["output"], wanted.outputs["output"])
+        torch.testing.assert_close(known.features["net.down"], wanted.features["net.down"])
+    assert torch.equal(teacher((X[:16],)).outputs["output"], first.outputs["output"])  # bit by bit
+    assert model.samples == 24
+    assert (cache.asked, cache.hits) == (16 + 16 + 24 + 16, 16 + 16 + 16)
+    assert cache.words.startswith("67% of the teacher's 72 answers")
+
+
+def test_digests_know_bytes_types_and_shapes_but_not_memory_formats() -> None:
+    assert digests((X,)) == digests((X.to(memory_format=torch.channels_last),))
+    assert len(set(digests((X,)))) == len(X)
+    assert digests((X,))[3] == digests((X[3:4],))[0]
+    assert digests((X,)) != digests((X.flatten(1),))
+    assert digests((torch.zeros(1, 2),)) != digests((torch.zeros(1, 2, dtype=torch.int32),))
+    assert digests((X, X))[0] != digests((X,))[0]
+    nudged = X.clone()
+    nudged[5, 0, 3, 3] += 1e-6
+    assert [a == b for a, b in zip(digests((X,)), digests((nudged,)), strict=True)].index(False) == 5
+    assert digests((torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.bool)))
+
+
+def test_other_layers_and_another_precision_are_other_answers() -> None:
+    model, cache = Counting(), AnswerCache()
+    Teacher(model, [], cache)((X,))
+    Teacher(model, ["net.down"], cache)((X,))
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = Teacher(model, [], cache)((X,))
+        assert torch.equal(halved.outputs["output"], Teacher(model, [], cache)((X,)).outputs["output"])
+    assert model.samples == 3 * len(X)
+    assert cache.hits == len(X)
+
+
+def test_memory_is_bounded_and_what_fits_is_kept() -> None:
+    model, cache = Counting(), AnswerCache(limit_bytes=3400)
+    teacher = Teacher(model, [], cache)
+    teacher((X,))
+    assert 0 < cache.bytes <= 3400
+    kept = cache.bytes // (4 * 4 + 300)
+    model.samples = 0
+    teacher((X,))
+    assert model.samples == len(X) - kept
+    assert cache.bytes <= 3400
+    nothing = AnswerCache(limit_bytes=0)
+    Teacher(model, [], nothing)((X,))
+    assert (nothing.bytes, nothing.hit_rate) == (0, 0.0)
+
+
+def test_it_turns_itself_off_after_an_epoch_without_hits_and_for_good_after_two_trainings() -> None:
+    model, cache = Counting(), AnswerCache()
+    teacher = Teacher(model, [], cache)
+    cache.begin(43)
+    teacher((X,))
+    teacher((X + 1,))
+    size = cache.bytes
+    teacher((X + 2,))
+    teacher((X + 2,))
+    assert (cache.hits, cache.bytes) == (0, size)  # neither kept nor found
+    cache.begin(43)
+    teacher((X,))
+    assert cache.hits == len(X)  # a second training with the same seed
+    for shift in (5, 6, 7):
+        teacher((X + shift,))
+    assert cache.bytes > size
+    cache.begin(43)
+    for shift in (8, 9):
+        teacher((X + shift,))
+    assert cache.bytes == 0
+    cache.begin(43)
+    teacher((X + 8,))
+    teacher((X + 8,))
+    assert cache.hits == len(X)
+
+
+def test_without_a_known_length_it_stays_on() -> None:
+    cache = AnswerCache()
+    cache.begin(None)
+    teacher = Teacher(Counting(), [], cache)
+    for shift in (*range(5), 0):
+        teacher((X + shift,))
+    assert cache.hits == len(X)
+
+
+def test_answers_without_a_row_a_sample_are_asked_for_every_time() -> None:
+    class Whole(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x.mean()
+
+    cache = AnswerCache()
+    teacher = Teacher(Whole(), [], cache)
+    teacher((X,))
+    assert torch.equal(teacher((X[:5],)).outputs["output 1"], X[:5].mean())
+    assert (cache.hits, cache.bytes) == (0, 0)
+
+
+class Augmented:
+    """Batches with noise drawn from torch's generator, as an augmentation draws it."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, classes = tiny.split(128, 1)
+        for index in torch.randperm(128).split(32):
+            yield images[index] + torch.randn(32, 1, 8, 8), classes[index]
+
+
+def trained(data: Any, cache: AnswerCache | None, epochs: float = 3, losses: str = "soft+features") -> nn.Module:
+    model = tiny.teacher()
+    ready = prepare(Task(model=model, train=data, validation=tiny.split(64, 2)))
+    if cache is not None:
+        cache.begin(samples_per_epoch(ready))
+    torch.manual_seed(3)
+    student = tiny.Net(16)
+    objective = Distillation(ready, model, parse_losses(losses), pair_layers(GRAPH, Plan(), model), cache)
+    train(student, ready, objective, Training(epochs=epochs), seed=5, resources=EXACT)
+    return student
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_student_is_bit_equal_where_batches_are_composed_as_before() -> None:
+    images, classes = tiny.split(128, 1)
+    batches = list(zip(images.split(32), classes.split(32), strict=True))
+    cache = AnswerCache()
+    assert equal(trained(batches, cache), trained(batches, None))
+    assert cache.hit_rate == pytest.approx(2 / 3)
+
+
+def test_shuffled_data_is_found_by_sample_and_the_student_is_the_same_but_for_rounding() -> None:
+    cache = AnswerCache()
+    with_it, without = trained(tiny.split(128, 1), cache, 2), trained(tiny.split(128, 1), None, 2)
+    assert cache.hit_rate == pytest.approx(1 / 2)
+    for one, other in zip(with_it.state_dict().values(), without.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_augmentation_that_follows_the_seed_is_found_by_the_next_candidate() -> None:
+    cache = AnswerCache()
+    first = trained(Augmented(), cache, 2, "soft")
+    assert cache.hits == 0
+    second = trained(Augmented(), cache, 1, "soft")
+    assert cache.hits == 128
+    assert equal(second, trained(Augmented(), None, 1, "soft"))
+    assert not equal(first, second)
+
+
+def test_epochs_are_counted_in_samples() -> None:
+    assert samples_per_epoch(prepare(tiny.task())) == 512
+    assert samples_per_epoch(prepare(Task(model=tiny.teacher(), train=Augmented(), validation=tiny.split(9, 1)))) == 128
+
+    class Unsized:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter([tiny.split(9, 1)])
+
+    assert samples_per_epoch(prepare(Task(model=tiny.teacher(), train=Unsized(), validation=tiny.split(9, 1)))) is None
