@@ -127,7 +127,15 @@ class AnswerCache:
 
 def _stacked(shelf: _Shelf, keys: Sequence[bytes], device: torch.device) -> Tensors:
     columns = zip(*(shelf.rows[key] for key in keys), strict=True)
-    return {name: torch.stack(column).to(device) for name, column in zip(shelf.names, columns, strict=True)}
+    return {name: _stack(column).to(device) for name, column in zip(shelf.names, columns, strict=True)}
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Rows side by side, in the memory format that they were computed in."""
+    last = rows[0].movedim(0, -1) if rows[0].ndim == 3 else rows[0]
+    if last is not rows[0] and last.is_contiguous() and not rows[0].is_contiguous():
+        return torch.stack([row.movedim(0, -1) for row in rows]).movedim(-1, 1)
+    return torch.stack(list(rows))
 
 
 def _merged(

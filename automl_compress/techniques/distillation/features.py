@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from automl_compress.techniques.distillation.outputs import squared_error
+from automl_compress.techniques.distillation.outputs import norm, squared_error
 from automl_compress.techniques.distillation.pairing import Pair
 
 Watch = Callable[[str, Tensor], None]
@@ -58,7 +58,12 @@ def same_channels(pair: Pair, teacher: Tensor) -> Tensor:
     if pair.channels is None:
         return teacher
     index = torch.tensor(pair.channels, device=teacher.device)
-    return teacher.index_select(pair.channel_dim, index)
+    if pair.channel_dim == -1:
+        return teacher[..., index]
+    chosen = teacher[:, index]
+    if teacher.ndim == 4 and teacher.is_contiguous(memory_format=torch.channels_last):
+        return chosen.contiguous(memory_format=torch.channels_last)
+    return chosen
 
 
 def hint(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -81,13 +86,29 @@ def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int, count
 
     Source: Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", eq. 2 (p = 2).
     """
-    maps = [part.float().square().mean(channel_dim) for part in (student, teacher)]
+    maps: list[Tensor] = [_MeanPower.apply(part, channel_dim) for part in (student, teacher)]  # type: ignore[no-untyped-call]
     if maps[0].ndim == 1:
         return student.sum() * 0
     if counted is not None and maps[0].shape == counted.shape:
         maps = [part * counted.to(part.dtype) for part in maps]
     unit = [functional.normalize(part.flatten(1), dim=1) for part in maps]
     return (unit[0] - unit[1]).square().sum(1).mean()
+
+
+class _MeanPower(torch.autograd.Function):
+    """Mean of squares along a dimension in float32, without a copy in another precision: features are large."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(feature)
+        ctx.dim = dim
+        return norm(feature.movedim(dim, -1), -1).square() / feature.shape[dim]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (feature,) = ctx.saved_tensors
+        factor = (gradient * (2 / feature.shape[ctx.dim])).to(feature.dtype)
+        return feature * factor.unsqueeze(ctx.dim), None
 
 
 def adapted(adapter: nn.Module, feature: Tensor, channel_dim: int) -> Tensor:

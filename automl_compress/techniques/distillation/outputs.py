@@ -119,6 +119,28 @@ def class_rows(
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over the teacher's variance, so that it has no unit; scalar."""
-    teacher = teacher.float()
-    scale = teacher.var() if teacher.numel() > 1 else teacher.square().mean()
-    return torch.nn.functional.mse_loss(student.float(), teacher) / scale.clamp_min(1e-6)
+    reference = teacher.float()
+    scale = reference.var() if teacher.numel() > 1 else reference.square().mean()
+    error: Tensor = _MeanSquare.apply(student, teacher)  # type: ignore[no-untyped-call]
+    return error / scale.clamp_min(1e-6)
+
+
+def norm(value: Tensor, dim: int | None = None) -> Tensor:
+    """The Euclidean norm, added up in float32 at least."""
+    length: Tensor = torch.linalg.vector_norm(value, dim=dim, dtype=torch.promote_types(value.dtype, torch.float32))
+    return length
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean squared difference in float32, without a copy in another precision: features are large."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        difference = student - teacher
+        ctx.save_for_backward(difference)
+        return norm(difference).square() / max(1, difference.numel())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * gradient / max(1, difference.numel())), None

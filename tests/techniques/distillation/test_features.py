@@ -45,6 +45,28 @@ def test_attention_is_blind_to_scale_sign_and_order_of_channels() -> None:
     assert float(attention_transfer(ONE[:, :, 0, 0], OTHER[:, :, 0, 0], -1)) == 0  # no positions
 
 
+@pytest.mark.parametrize("losses", ["hint", "attention"])
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_gradients_are_those_of_the_formula(losses: str, channel_dim: int) -> None:
+    student, teacher = ONE.double().requires_grad_(), OTHER.double()
+    if losses == "hint":
+        value, wanted = hint(student, teacher), ((student - teacher) ** 2).mean() / teacher.var()
+    else:
+        value = attention_transfer(student, teacher, channel_dim)
+        maps = [part.square().mean(channel_dim).flatten(1) for part in (student, teacher)]
+        unit = [part / part.norm(dim=1, keepdim=True) for part in maps]
+        wanted = (unit[0] - unit[1]).square().sum(1).mean()
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(part, student)[0] for part in (value, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+    if losses == "attention" or channel_dim == 1:
+        halved = ONE.bfloat16().requires_grad_()
+        low = hint(halved, OTHER.bfloat16()) if losses == "hint" else attention_transfer(halved, OTHER, channel_dim)
+        assert low.dtype == torch.float32
+        assert torch.autograd.grad(low, halved)[0].dtype == torch.bfloat16
+        assert float(low.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
+
+
 def test_attention_over_tokens_leaves_out_padding() -> None:
     spoilt = torch.where(COUNTED[..., None].bool(), TOKENS, 1e3)
     torch.testing.assert_close(
