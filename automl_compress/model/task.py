@@ -46,6 +46,8 @@ class Task:
     loss            loss(outputs, targets) -> scalar tensor; cross-entropy by default
     metric          metric(outputs, targets) -> float over a whole split, higher is better; accuracy by default
     example_inputs  one batch of inputs to trace with; the first validation batch by default
+    train_loop      a training loop to use instead of the program's own, called with a
+                    `techniques.training.own_loop.Work`; it trains `work.model` in place
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Task:
     loss: Loss | None = None
     metric: Metric | None = None
     example_inputs: Any = None
+    train_loop: Callable[[Any], Any] | None = None
 
     @property
     def classifies(self) -> bool:
@@ -113,6 +116,8 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
     """Check a task and bring its data into re-iterable form. Raises TaskError that says which part is wrong."""
     if not isinstance(task.model, nn.Module):
         raise TaskError(f"task: model must be a torch.nn.Module, found {type(task.model).__name__}")
+    if task.train_loop is not None and not callable(task.train_loop):
+        raise TaskError(f"task: train_loop must be callable, found {type(task.train_loop).__name__}")
     if weights is not None:
         load_weights(task.model, weights)
     splits: dict[str, Any] = {

@@ -27,6 +27,7 @@ from automl_compress.techniques.training.divergence import Watch
 from automl_compress.techniques.training.keeper import Keeper, Validate
 from automl_compress.techniques.training.log import OnStep, Recorder, StepReport, TrainingLog
 from automl_compress.techniques.training.optimizers import ChangingMasks, Held, Masks, make_optimizer, set_rate
+from automl_compress.techniques.training.own_loop import run_own_loop
 from automl_compress.techniques.training.parallel import Processes
 from automl_compress.techniques.training.placement import Placement
 from automl_compress.techniques.training.rates import momentum, rate
@@ -64,9 +65,15 @@ def train(
     objective on the student's device; in the chosen precision it runs under autocast, with the student's outputs in
     float32.
 
+    A task with a loop of its own has that one called instead (see `own_loop`).
+
     Raises TaskError for data that can't be read or a loss that is no scalar, TrainingError for a training that keeps
     diverging or a checkpoint that can't be used, InputError for a device that isn't there.
     """
+    if task.train_loop is not None:
+        return run_own_loop(
+            task, student, objective, training, seed=seed, masks=masks, on_step=on_step, label=label, clock=clock
+        )
     run = _Run(student, task, objective, training, seed, masks, validate, on_step, resources, label, clock)
     return run.whole()
 
