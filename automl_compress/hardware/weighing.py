@@ -26,7 +26,8 @@ def savings(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, 
 
     "default" is as the profile says. "no-prepacking": weights aren't copied into the kernels' layouts. "no-arena":
     memory is given back at once. "malloc-threshold": glibc gives large blocks back (an environment variable, so the
-    latency is the default's). "ort-format": a file that the runtime doesn't have to optimize when it loads.
+    latency is the default's). "ort-format": a file that the runtime doesn't have to optimize when it loads; left out
+    where it can't read what it wrote, as with weights of 4 bits.
     """
     with tempfile.TemporaryDirectory(prefix="automl-compress-") as folder:
         model, empty = request["model"], request["empty"]
@@ -38,8 +39,9 @@ def savings(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, 
             "no-prepacking": (model, {**settings, "entries": {"session.disable_prepacking": "1"}}, {}),
             "no-arena": (model, {**settings, "session": {"enable_cpu_mem_arena": False}}, {}),
             "malloc-threshold": (model, settings, {"MALLOC_MMAP_THRESHOLD_": "65536"}),
-            "ort-format": (ready, settings, {}),
         }
+        if _opens(ready, settings):
+            ways["ort-format"] = (ready, settings, {})
         peaks: dict[str, dict[str, int]] = {"peak_bytes": {}, "empty_bytes": {}}
         for way, (path, chosen, environment) in ways.items():
             for name, target in (("peak_bytes", path), ("empty_bytes", empty)):
@@ -48,6 +50,14 @@ def savings(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, 
             say({"progress": f"weighed {way}"})
         runners = {way: runner(open_session(path, chosen)) for way, (path, chosen, env) in ways.items() if not env}
         return {**peaks, **in_turns(runners, int(request["bursts"]), settings, say)}
+
+
+def _opens(path: str, settings: Settings) -> bool:
+    try:
+        open_session(path, settings)
+    except Exception:  # whatever the runtime raises: this way of running the model isn't there
+        return False
+    return True
 
 
 def peak_of(settings: Settings, path: str) -> int:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.profile import load_profile
 from automl_compress.hardware.savings import HOW, Saving, measure_savings, offers
@@ -29,3 +32,20 @@ def test_every_way_runs_on_the_real_runtime(tmp_path: Path) -> None:
     assert found[0].latency_ratio == 1.0
     assert all(saving.memory_bytes > 0 for saving in found)
     assert [saving.way for saving in found if saving.latency_ratio is None] == ["malloc-threshold"]
+
+
+def test_a_way_that_the_runtime_itself_refuses_is_left_out(tmp_path: Path) -> None:
+    """The runtime's own format doesn't know the 4-bit integers that it writes into it."""
+    weights = helper.make_tensor("w", TensorProto.UINT4, [96, 10], [1, 9] * 480)
+    zeros = helper.make_tensor("zero", TensorProto.UINT4, [1, 10], [8] * 10)
+    scales = numpy_helper.from_array(np.full((1, 10), 0.5, np.float32), "scale")
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["wide"], axis=0, block_size=96),
+        helper.make_node("MatMul", ["x", "wide"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 96])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10])]
+    graph = helper.make_graph(nodes, "low", inputs, outputs, initializer=[weights, scales, zeros])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    with Device(load_profile("local", home=tmp_path)) as here, here.saved(model) as path:
+        assert "ort-format" not in {saving.way for saving in measure_savings(here, path)}
