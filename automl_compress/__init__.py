@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from automl_compress.errors import CompressError, InfeasibleError, InputError
     from automl_compress.hardware.profile import DeviceProfile, load_profile
     from automl_compress.model.task import Task
+    from automl_compress.model.transfer import Transfer
     from automl_compress.progress import Progress
     from automl_compress.search.overview import describe_space
 
@@ -36,6 +37,7 @@ __all__ = [
     "Progress",
     "Result",
     "Task",
+    "Transfer",
     "compress",
     "describe_space",
     "forecast",
@@ -53,6 +55,7 @@ _HOME = {
     "errors": ("CompressError", "InfeasibleError", "InputError"),
     "hardware.profile": ("DeviceProfile", "load_profile"),
     "model.task": ("Task",),
+    "model.transfer": ("Transfer",),
     "progress": ("Progress",),
     "search.overview": ("describe_space",),
 }

@@ -19,6 +19,7 @@ from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search import outcome
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.directions import best_model
@@ -246,11 +247,12 @@ def replay(
     """
     run = Path(run)
     loaded = load(task, weights)
-    graph = trace(loaded.model, loaded.example_inputs)
     plan_path, weights_path = run / "plan.json", run / "best.safetensors"
     for path in (plan_path, weights_path):
         if not path.is_file():
             raise PlanError(f"{path}: no such file; only a run that delivered a model can be replayed")
+    loaded = read_transferred(run, loaded)
+    graph = trace(loaded.model, loaded.example_inputs)
     bench = Workbench(loaded, graph)
     plan, ranges, bench.executions = read_plan(plan_path, bench)
     target = Path(output) if output else run / "replayed.onnx"

@@ -6,6 +6,7 @@ the program executes, because the user named it.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -21,6 +22,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from automl_compress.errors import TaskError
+from automl_compress.model.transfer import Transfer, with_new_head
 
 Inputs = tuple[Tensor, ...]
 Batch = tuple[Inputs, Tensor]
@@ -48,6 +50,7 @@ class Task:
     example_inputs  one batch of inputs to trace with; the first validation batch by default
     train_loop      a training loop to use instead of the program's own, called with a
                     `techniques.training.own_loop.Work`; it trains `work.model` in place
+    transfer        the model was trained for other classes: what it needs before it is the teacher of these
     """
 
     model: nn.Module
@@ -58,6 +61,7 @@ class Task:
     metric: Metric | None = None
     example_inputs: Any = None
     train_loop: Callable[[Any], Any] | None = None
+    transfer: Transfer | None = None
 
     @property
     def classifies(self) -> bool:
@@ -120,6 +124,8 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
         raise TaskError(f"task: train_loop must be callable, found {type(task.train_loop).__name__}")
     if weights is not None:
         load_weights(task.model, weights)
+    if task.transfer is not None:
+        task = replace(task, model=with_new_head(copy.deepcopy(task.model), task.transfer))
     splits: dict[str, Any] = {
         "train": _loader(task.train, "train", shuffle=True),
         "validation": _loader(task.validation, "validation"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from automl_compress.deploy.run_folder import RunFolder
@@ -16,6 +17,7 @@ from automl_compress.hardware.remote import link_to
 from automl_compress.model.task import Task, load_task, prepare, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
+from automl_compress.recovery.transfer import in_words, transfer_in
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.forecast import Forecast
@@ -23,7 +25,8 @@ from automl_compress.search.profiling import forecast_of
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sampler import SAMPLERS
 from automl_compress.search.settings import Settings
-from automl_compress.search.space import load_space, offered_bits, resolve
+from automl_compress.search.space import SearchSpace, load_space, offered_bits, resolve
+from automl_compress.techniques.training.log import StepReport
 
 
 @contextmanager
@@ -82,6 +85,7 @@ def _campaign_on(
         "seed": str(options.get("seed") or 0),
     }
     with RunFolder(folder, identity) as run_folder:
+        loaded, space = _transferred(run_folder, loaded, space, progress, seed=int(options.get("seed") or 0))
         yield Campaign(
             bench=Workbench(
                 loaded,
@@ -103,6 +107,23 @@ def _campaign_on(
         )
 
 
+def _transferred(
+    folder: RunFolder, task: Task, space: SearchSpace, progress: Progress, *, seed: int
+) -> tuple[Task, SearchSpace]:
+    """The task with a model that was trained on its data, where it names a pretrained one; the report says so."""
+
+    def on_step(report: StepReport) -> None:
+        if report.step == 1:
+            progress.stage(report.label, report.steps)
+        progress.advance(1, **report.facts())
+
+    done, known = transfer_in(folder, task, seed=seed, on_step=on_step)
+    if known is None:
+        return done, space
+    progress.note(in_words(known))
+    return done, replace(space, notes=(*space.notes, in_words(known)))
+
+
 def load(task: Task | str, weights: str | Path | None) -> Task:
     path = Path(weights) if weights else None
     return load_task(task, weights=path) if isinstance(task, str) else prepare(task, weights=path)
@@ -113,6 +134,8 @@ def _digest(task: Task) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(task.model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    if task.transfer is not None:
+        digest.update(repr(task.transfer).encode())
     digest.update(str(len(task.validation) if hasattr(task.validation, "__len__") else None).encode())
     return digest.hexdigest()[:16]
 

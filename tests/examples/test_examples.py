@@ -38,6 +38,15 @@ def test_digits_search_and_its_independent_measurement(tmp_path: Path) -> None:
     assert int(figures["size_bytes"]) == delivered["size_bytes"]
 
 
+def test_the_transfer_example_learns_its_new_classes() -> None:
+    check = (
+        "import torch; from transfer import task; from automl_compress.model.task import prepare\n"
+        "from automl_compress.recovery.transfer import transferred, validation_metric\n"
+        "torch.set_num_threads(1); done, _ = transferred(prepare(task())); print(validation_metric(done)(done.model))"
+    )
+    assert float(run(EXAMPLES / "digits", "-c", check)) > 0.95
+
+
 def batch_bytes(pixels: bytes, labels: list[int]) -> bytes:
     """A stream as in the standard CIFAR-10 files: a dictionary of a byte string and a list of numbers, protocol 2."""
     text = lambda value: b"U" + bytes([len(value)]) + value  # noqa: E731
