@@ -172,6 +172,17 @@ class Workbench:
             check_labels(targets, parts[0].shape[1], data if isinstance(data, str) else "validation")
         return self.task.metric_of(parts[0] if len(parts) == 1 else parts, targets)
 
+    def distance_of(self, plan: Plan) -> float:
+        """How far the outputs are from the original's with a plan in force, on training samples: see `distance`.
+
+        A quantized model runs as ONNX; one that is only cut is refitted and runs in PyTorch, on samples that the refit
+        hasn't seen.
+        """
+        if not _low_bits(plan):
+            return float(self.students.estimate(plan).mean())
+        model, plan = self.student(plan)
+        return self.distortion(self.export(model, plan))
+
     def distortion(self, model: onnx.ModelProto) -> float:
         """How far a model's outputs are from the original's on calibration samples; 0 for the original itself.
 

@@ -1,21 +1,30 @@
-"""What each option costs in quality, one at a time, from calibration samples alone: the search's prior.
+"""What each option costs in quality, one at a time, from training samples alone: the search's prior.
 
-Each option of each decision is applied to the otherwise untouched original and the distance of the outputs is measured
-(Kullback-Leibler divergence for classification). The table is kept in the run folder and reused.
+An option is applied to the otherwise untouched original, and the distance of the outputs is taken (Kullback-Leibler
+divergence for classification), on samples that nothing was fitted to. Of a channel group, two sparsities are measured,
+and the others lie along the curve that the elimination of its channels has: squared error against channels removed,
+which is convex and starts at 0. The table is kept in the run folder and reused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from automl_compress.core.plan import Plan
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.space import Decision, SearchSpace
+from automl_compress.search.student import Students
 from automl_compress.search.table import Option, QualityKey
 
+ANCHORS = (0.375, 0.75)
+"""The sparsities that are measured, or rather the options nearest to them."""
 Sensitivity = dict[QualityKey, float]
+Measure = Callable[[Plan], float]
+_LEAST = 1e-12
 
 
 def measure_sensitivity(
@@ -28,13 +37,37 @@ def measure_sensitivity(
     known = _load(file)
     result: Sensitivity = {}
     for decision in space.decisions:
-        for option in decision.options:
-            key = f"{decision.name}={option}"
+        keys = {option: f"{decision.name}={option}" for option in decision.options}
+        if decision.kind == "sparsity" and not set(keys.values()) <= known.keys():
+            found = along_curve(bench.students, space, decision, bench.distance_of)
+        else:
+            found = {}
+        for option, key in keys.items():
             if key not in known:
-                known[key] = 0.0 if _does_nothing(decision, option) else _one(bench, decision, option)
+                known[key] = found[option] if found else _one(bench, decision, option)
                 _append(file, key, known[key])
             result[decision.name, option] = known[key]
             advance()
+    return result
+
+
+def along_curve(
+    students: Students, space: SearchSpace, decision: Decision, measure: Measure, anchors: Sequence[float] = ANCHORS
+) -> dict[Option, float]:
+    """Option of a channel group -> loss: measured at the options nearest to `anchors`, the others estimated between and
+    beyond them. More channels removed never count as less lost: small differences are noise of few samples."""
+    group, size = decision.target, space.graph.group[decision.target].size
+    kept = {option: Plan(sparsity={"": float(option)}).kept_count("", size) for option in decision.options}
+    curve = {option: _curve(students, group, size, count) for option, count in kept.items()}
+    cut = [option for option in decision.options if kept[option] < size]
+    points = sorted({min(cut, key=lambda option: abs(float(option) - anchor)) for anchor in anchors}) if cut else []
+    ratios = [max(0.0, measure(single(decision, option))) / max(curve[option], _LEAST) for option in points]
+    result: dict[Option, float] = {}
+    most = 0.0
+    for option in decision.options:
+        ratio = float(np.interp(float(option), [float(p) for p in points], ratios)) if points else 0.0
+        most = max(most, ratio * curve[option])
+        result[option] = most
     return result
 
 
@@ -53,13 +86,18 @@ def single(decision: Decision, option: Option) -> Plan:
             return Plan(masks={decision.target: str(option)})
 
 
-def _does_nothing(decision: Decision, option: Option) -> bool:
-    return single(decision, option).key == Plan().key
-
-
 def _one(bench: Workbench, decision: Decision, option: Option) -> float:
-    model, plan = bench.student(single(decision, option))
-    return max(0.0, bench.distortion(bench.export(model, plan)))
+    plan = single(decision, option)
+    return 0.0 if plan.key == Plan().key else max(0.0, bench.distance_of(plan))
+
+
+def _curve(students: Students, group: str, size: int, kept: int) -> float:
+    """The error that elimination has counted when so many channels are left; the square of the fraction removed where
+    there is no such count."""
+    if kept == size:
+        return 0.0
+    losses = students.evidence.eliminations.get(group)
+    return float(losses.sort().values[size - kept - 1]) if losses is not None else (1 - kept / size) ** 2
 
 
 def _load(file: Path | None) -> dict[str, float]:

@@ -29,6 +29,7 @@ from automl_compress.techniques.sparsify import apply_masks, masks_in_force
 REPAIR_SAMPLES = 384
 JUDGE_SAMPLES = 256
 _REPAIR_BYTES = 1 << 30
+_PIECE = 64  # samples at a time: activations stay in nearer caches
 _ALIVE = 3  # tensors of the widest layer's size that live at once while a model runs
 Outputs = tuple[np.ndarray, ...]
 Vector = NDArray[np.float64]
@@ -98,8 +99,8 @@ class Students:
         return tuple(part[used : used + self._judge_samples] if len(part) > used else part for part in rows)
 
     @cached_property
-    def _reference(self) -> Outputs:
-        return torch_outputs(self.teacher, self.judge)
+    def _reference(self) -> list[Outputs]:
+        return self._outputs(self.teacher)
 
     def make(self, plan: Plan, base: nn.Module | None = None) -> Student:
         """The plan's model, cut from `base` (of full size; default: the teacher).
@@ -133,7 +134,11 @@ class Students:
 
     def distances(self, model: nn.Module) -> Vector:
         """How far a model's outputs are from the original's on each of the samples that judge; see `distance`."""
-        return distances([torch_outputs(model, self.judge)], [self._reference], self._classifies)
+        return distances(self._outputs(model), self._reference, self._classifies)
+
+    def _outputs(self, model: nn.Module) -> list[Outputs]:
+        starts = range(0, len(self.judge[0]), _PIECE)
+        return [torch_outputs(model, tuple(part[i : i + _PIECE] for part in self.judge)) for i in starts]
 
 
 def bytes_per_sample(graph: Graph) -> int:

@@ -1,7 +1,6 @@
 """How many channels each group keeps under an additive limit, without any training: from minutes to seconds.
 
-A table of what each width costs in quality is measured at a few anchors for each group and interpolated along the curve
-that the elimination of its channels has (squared error against channels removed; both are convex and start at 0). The
+A table of what each width costs in quality is measured at a few anchors for each group (`sensitivity.along_curve`). The
 knapsack over the table gives a plan. Because losses don't add up, the table's coefficients are then searched:
 perturbed, solved again, and kept if the whole plan measures better beyond doubt (Frantar and Alistarh 2022, "SPDY").
 """
@@ -15,14 +14,12 @@ import numpy as np
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.search.decode import Decoder
-from automl_compress.search.sensitivity import Sensitivity, single
-from automl_compress.search.space import Decision, SearchSpace
+from automl_compress.search.sensitivity import ANCHORS, Sensitivity, along_curve, single
+from automl_compress.search.space import SearchSpace
 from automl_compress.search.student import Students
 from automl_compress.search.table import AdditiveTable, LayerCost
 
-ANCHORS = (0.375, 0.75)
 _SPREAD = 0.5  # of the perturbed logarithmic coefficients
-_LEAST = 1e-12
 _SIGNIFICANT = 2.0  # standard errors of the paired difference
 
 
@@ -51,7 +48,13 @@ def anchored_sensitivity(
     result: Sensitivity = {}
     for decision in space.decisions:
         if decision.kind == "sparsity":
-            result |= _along_curve(students, space, decision, anchors, advance)
+
+            def measure(plan: Plan) -> float:
+                advance()
+                return _mean(students, plan)
+
+            found = along_curve(students, space, decision, measure, anchors)
+            result |= {(decision.name, option): loss for option, loss in found.items()}
         elif decision.kind == "drop":
             for option in decision.options:
                 result[decision.name, option] = _mean(students, single(decision, option)) if option else 0.0
@@ -94,40 +97,5 @@ def refine(
     return best
 
 
-def _along_curve(
-    students: Students,
-    space: SearchSpace,
-    decision: Decision,
-    anchors: Sequence[float],
-    advance: Callable[[], None],
-) -> Sensitivity:
-    size = space.graph.group[decision.target].size
-    kept = {option: Plan(sparsity={"": float(option)}).kept_count("", size) for option in decision.options}
-    curve = {option: _curve(students, decision.target, size, count) for option, count in kept.items()}
-    cut = [option for option in decision.options if kept[option] < size]
-    points = sorted({min(cut, key=lambda option: abs(float(option) - anchor)) for anchor in anchors}) if cut else []
-    ratios = []
-    for option in points:
-        ratios.append(max(0.0, _mean(students, single(decision, option))) / max(curve[option], _LEAST))
-        advance()
-    result: Sensitivity = {}
-    most = 0.0
-    for option in decision.options:
-        ratio = float(np.interp(float(option), [float(p) for p in points], ratios)) if points else 0.0
-        # More channels removed never count as less lost: small differences are noise of few samples.
-        most = max(most, ratio * curve[option])
-        result[decision.name, option] = most
-    return result
-
-
 def _mean(students: Students, plan: Plan) -> float:
     return float(students.estimate(plan).mean())
-
-
-def _curve(students: Students, group: str, size: int, kept: int) -> float:
-    """The error that elimination has counted when so many channels are left; the square of the fraction removed where
-    there is no such count."""
-    losses = students.evidence.eliminations.get(group)
-    if kept == size:
-        return 0.0
-    return float(losses.sort().values[size - kept - 1]) if losses is not None else (1 - kept / size) ** 2

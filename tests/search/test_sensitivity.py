@@ -8,7 +8,7 @@ import pytest
 
 from automl_compress.core.plan import Plan
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.sensitivity import measure_sensitivity, single
+from automl_compress.search.sensitivity import ANCHORS, measure_sensitivity, single
 from tests.search import campaigns
 
 SPACE = campaigns.space()
@@ -16,13 +16,13 @@ OPTIONS = [(d.name, o) for d in SPACE.decisions for o in d.options]
 
 
 class Counting(Workbench):
-    """Counts the models that were made."""
+    """Counts the plans whose distance was measured."""
 
     made = 0
 
-    def student(self, plan: Plan):  # type: ignore[no-untyped-def]
+    def distance_of(self, plan: Plan) -> float:
         self.made += 1
-        return super().student(plan)
+        return super().distance_of(plan)
 
 
 @pytest.fixture
@@ -41,6 +41,22 @@ def test_every_option_has_a_distance_and_neutral_ones_have_none(bench: Counting,
     for key, distance in found.items():
         assert distance == 0 if key in neutral else distance > 0
     assert bench.made == len(OPTIONS) - len(neutral)
+
+
+def test_of_many_sparsities_two_are_measured_and_the_others_lie_between(bench: Counting, tmp_path: Path) -> None:
+    rules = [{"match": {"kind": "channel-group"}, "sparsity": [i / 8 for i in range(8)]}]
+    space = campaigns.space(rules=rules, width=1.0)
+    file = tmp_path / "file.jsonl"
+    found = measure_sensitivity(bench, space, file)
+    assert bench.made == 2 * len(space.decisions)
+    for decision in space.decisions:
+        losses = [found[decision.name, option] for option in decision.options]
+        assert losses == sorted(losses)
+        assert losses[0] == 0 < losses[1]
+        for anchor in ANCHORS:
+            assert found[decision.name, anchor] >= bench.distance_of(single(decision, anchor)) * 0.999
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
+    assert measure_sensitivity(bench, space, file) == pytest.approx(found), "a killed run goes on to the same table"
 
 
 def test_what_the_file_holds_is_not_measured_again(bench: Counting, tmp_path: Path) -> None:
