@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from automl_compress.model.transfer import Transfer
     from automl_compress.progress import Progress
     from automl_compress.search.overview import describe_space
+    from automl_compress.search.recovering import recover
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "forecast",
     "load_profile",
     "profile",
+    "recover",
     "replay",
     "work",
 ]
@@ -58,6 +60,7 @@ _HOME = {
     "model.transfer": ("Transfer",),
     "progress": ("Progress",),
     "search.overview": ("describe_space",),
+    "search.recovering": ("recover",),
 }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,8 +55,44 @@ class FakeApi:
     def profile(self, tasks: list[str], **options: Any) -> Any:
         return self._answer("profile", tasks, **options)
 
+    def recover(self, task: str, plan: Path, **options: Any) -> Any:
+        return self._answer("recover", task, plan, **options)
+
     def replay(self, run: Path, task: str, **options: Any) -> Any:
         return self._answer("replay", run, task, **options)
+
+
+def test_recover_passes_every_option_on_and_tells_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = SimpleNamespace(
+        metric=0.91,
+        onnx=Path("out/r.onnx"),
+        weights=Path("out/r.safetensors"),
+        seconds=2.0,
+        training=(),
+        notes=("slow",),
+    )
+    api = FakeApi(found)
+    line = "recover a/task.py p.json --mode gradual --epochs 2 --distillation soft+dist --seed 3 -o out -q"
+    assert main(line.split(), api=api) == 0
+    [(name, args, options)] = api.calls
+    assert (name, args) == ("recover", ("a/task.py", Path("p.json")))
+    assert isinstance(options.pop("progress"), SilentProgress)
+    assert options == {
+        "mode": "gradual",
+        "epochs": 2.0,
+        "distillation": "soft+dist",
+        "seed": 3,
+        "weights": None,
+        "output": Path("out"),
+    }
+    assert capsys.readouterr().out == "out/r.onnx: 0.9100 on validation data\nslow\n"
+    assert main([*line.split(), "--json"], api=api) == 0
+    assert json.loads(capsys.readouterr().out)["metric"] == 0.91
+
+
+def test_recover_refuses_an_unknown_mode(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recover", "a/task.py", "p.json", "--mode", "slow"], api=FakeApi()) == 2
+    assert "'slow' is unknown; choose one of fine-tune" in capsys.readouterr().err
 
 
 def test_search_passes_every_option_on() -> None:

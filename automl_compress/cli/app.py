@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from automl_compress.cli import devices, profile, search, space
+from automl_compress.cli import devices, profile, recover, search, space
 from automl_compress.cli.action import Action, guarded
 from automl_compress.cli.output import PROG, fail
 
@@ -22,6 +22,7 @@ GROUPS: tuple[tuple[str | None, typer.Typer], ...] = (
     (None, search.commands),
     (None, profile.commands),
     (None, space.commands),
+    (None, recover.commands),
     ("devices", devices.commands),
 )
 

@@ -77,7 +77,7 @@ def _campaign_on(
     space = resolve(rules, graph, offered, held_back)
     space.require_effect()
     identity = {
-        "task": _digest(loaded),
+        "task": digest_of(loaded),
         "graph": graph.fingerprint,
         "space": space.fingerprint,
         "profile": device_profile.path.stem,
@@ -129,7 +129,7 @@ def load(task: Task | str, weights: str | Path | None) -> Task:
     return load_task(task, weights=path) if isinstance(task, str) else prepare(task, weights=path)
 
 
-def _digest(task: Task) -> str:
+def digest_of(task: Task) -> str:
     """Identifies the trained model and how much validation data there is; its order may differ from run to run."""
     digest = hashlib.sha256()
     for name, value in sorted(task.model.state_dict().items()):

@@ -1,0 +1,95 @@
+"""Recover one plan: train the model that a plan describes, in a mode of one's choice, without a search."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from automl_compress.core.plan import Plan
+from automl_compress.deploy.run_folder import RunFolder
+from automl_compress.errors import InputError
+from automl_compress.model.task import Task, require_task_file
+from automl_compress.model.trace import trace
+from automl_compress.progress import Progress, SilentProgress
+from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.search.evaluate import Workbench
+from automl_compress.search.ladder import FULL, Candidate, Recovery, plan_file, read_plan
+from automl_compress.search.opening import digest_of, load, task_name
+from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
+from automl_compress.techniques.training.log import OnStep, StepReport
+from automl_compress.techniques.training.settings import Training
+
+DEFAULT_EPOCHS = 3.0
+
+
+def recover(
+    task: Task | str,
+    plan: Plan | str | Path,
+    *,
+    mode: str = DEFAULT_MODE,
+    epochs: float = DEFAULT_EPOCHS,
+    training: Training | None = None,
+    distillation: str = DEFAULT,
+    seed: int = 0,
+    weights: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Candidate:
+    """Train the model that a plan describes; nothing is searched or measured on a device.
+
+    plan          or the file of one: a run's `plan.json`. Channels that it doesn't name yet are selected
+    mode          how, as `recovery.names.NAMES` says
+    epochs        of all stages together; `training`: all settings of it, instead
+    distillation  what is learned from the original, as `distillation.losses` says
+    output        run folder (default runs/TASK-recovered-MODE); the same call with the same folder resumes
+
+    The folder then holds `recovered.onnx`, the file whose `metric` on validation data is returned with it, its
+    `recovered.safetensors` and `plan.json`. Raises InputError for another model's plan or an unknown mode, and what
+    training raises.
+    """
+    check_mode(mode)
+    settings = training or Training(epochs=epochs)
+    losses, progress = parse_losses(distillation), progress or SilentProgress()
+    if isinstance(task, str):
+        require_task_file(task)
+    progress.stage("loading the task")
+    loaded = load(task, weights)
+    progress.stage("tracing the model")
+    graph = trace(loaded.model, loaded.example_inputs)
+    bench = Workbench(loaded, graph, seed=seed)
+    if isinstance(plan, Plan):
+        plan.check(graph)
+    else:
+        path = Path(plan)
+        if not path.is_file():
+            raise InputError(f"plan {path}: no such file; a finished run has a plan.json")
+        plan, _, bench.executions = read_plan(path, bench)
+    folder = Path(output) if output else Path("runs") / f"{task_name(task)}-recovered-{mode}"
+    identity = {
+        "task": digest_of(loaded),
+        "graph": graph.fingerprint,
+        "plan": plan.key,
+        "seed": str(seed),
+        "training": str(settings),
+    }
+    with RunFolder(folder, identity) as run:
+        progress.stage("repairing without training")
+        candidate = Recovery(bench, run, losses, mode).recover(plan, FULL, settings, shown_by(progress))
+        onnx = run.write_bytes("recovered.onnx", candidate.onnx.read_bytes())
+        stored = run.write_bytes("recovered.safetensors", candidate.weights.read_bytes())
+        run.write_json("plan.json", plan_file(candidate, bench))
+    return replace(candidate, onnx=onnx, weights=stored)
+
+
+def shown_by(progress: Progress) -> OnStep:
+    """What shows every step of a training, a stage for each of its parts."""
+    shown: list[str] = []
+
+    def on_step(report: StepReport) -> None:
+        if report.label not in shown[-1:]:
+            shown.append(report.label)
+            progress.stage(report.label, report.steps)
+            progress.advance(report.step - 1)
+        progress.advance(1, **report.facts())
+
+    return on_step

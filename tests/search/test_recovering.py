@@ -1,0 +1,63 @@
+"""Recovering a plan without a search: what is written is what was measured, and it can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from automl_compress import recover
+from automl_compress.core.plan import Plan
+from automl_compress.errors import InputError, PlanError, RunFolderError
+from automl_compress.progress import PlainProgress
+from automl_compress.search.recovering import shown_by
+from automl_compress.techniques.training.log import StepReport
+from tests import tiny
+
+PLAN = Plan(sparsity={"block.conv1": 0.5, "down": 0.5}, bits={"down": 8})
+
+
+def test_a_plan_is_recovered_in_a_mode_and_its_files_recover_it_again(tmp_path: Path) -> None:
+    found = recover(tiny.task(), PLAN, mode="gradual", epochs=2, output=tmp_path / "a")
+    assert found.metric > 0.6
+    assert {path.name for path in (tmp_path / "a").iterdir() if path.is_file()} >= {
+        "recovered.onnx",
+        "recovered.safetensors",
+        "plan.json",
+    }
+    onnx.checker.check_model(onnx.load(found.onnx))
+    assert {record["label"].partition(",")[0] for record in found.training} >= {"full distillation"}
+    again = recover(tiny.task(), tmp_path / "a" / "plan.json", epochs=0, output=tmp_path / "b")
+    assert again.plan.kept == found.plan.kept
+    assert recover(tiny.task(), PLAN, mode="gradual", epochs=2, output=tmp_path / "a").metric == found.metric
+
+
+def test_what_cannot_be_recovered_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'slow' is unknown"):
+        recover(tiny.task(), PLAN, mode="slow")
+    with pytest.raises(InputError, match=r"missing.json: no such file"):
+        recover(tiny.task(), tmp_path / "missing.json", output=tmp_path / "a")
+    with pytest.raises(PlanError, match="no channel group 'other'"):
+        recover(tiny.task(), Plan(sparsity={"other": 0.5}), output=tmp_path / "a")
+    recover(tiny.task(), PLAN, epochs=0, output=tmp_path / "a")
+    with pytest.raises(RunFolderError, match="belongs to another run"):
+        recover(tiny.task(), Plan(bits={"down": 8}), epochs=0, output=tmp_path / "a")
+    json.loads((tmp_path / "a" / "plan.json").read_text())
+
+
+def test_a_training_that_is_taken_up_is_shown_from_where_it_stood(capsys: pytest.CaptureFixture[str]) -> None:
+    on_step = shown_by(PlainProgress(sys.stdout, every=0.0, clock=lambda: 0.0))
+    for step in (7, 8):
+        on_step(
+            StepReport(
+                label="training", step=step, steps=10, loss=0.5, parts={}, metric=None, learning_rate=0.1,
+                images_per_second=100.0, seconds_left=1.0, rollbacks=0,
+            )
+        )  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert "training 7/10" in lines[-2]
+    assert "training 8/10" in lines[-1]
+    assert lines[-1].endswith("loss 0.5, images per second 100")
