@@ -13,25 +13,35 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from .serve import Say
 from .sessions import Settings, open_session, random_inputs, runner
 
 SMALLEST_BURST = 3
+_PARTS = 10
 
 
 def burst_us(
     run: Callable[[], Any], runs: int, discard: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Mean microseconds of one run over a burst whose first part (`discard` of `runs`) isn't counted."""
+    """Microseconds of one run in a burst whose first part (`discard` of `runs`) isn't counted.
+
+    The rest is timed in up to ten parts, of which the median counts: a process that takes the core for a few
+    milliseconds would otherwise add a third to a burst.
+    """
     skipped = min(int(runs * discard), runs - 1)
     for _ in range(skipped):
         run()
-    start = clock()
-    for _ in range(runs - skipped):
-        run()
-    return (clock() - start) * 1e6 / (runs - skipped)
+    length = max(1, (runs - skipped) // _PARTS)
+    parts = []
+    for _ in range((runs - skipped) // length):
+        start = clock()
+        for _ in range(length):
+            run()
+        parts.append((clock() - start) / length)
+    return median(parts) * 1e6
 
 
 def burst_length(one_run_s: float, settings: Settings) -> int:

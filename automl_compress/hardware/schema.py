@@ -32,7 +32,7 @@ _WAY_OUT = "delete the line, it will be measured again"
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """One executed kernel's time. `bursts_us` are the raw burst means, `spread` is their range over their median.
+    """One executed kernel's time. `bursts_us` are what the rounds said, `spread` is their range over their median.
 
     `conditions` says in a few words what was special when it was measured.
     """

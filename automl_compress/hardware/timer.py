@@ -1,7 +1,8 @@
 """From raw durations to figures: nothing here touches a clock, so nothing here depends on one.
 
-A burst's mean is the raw value. The median over bursts is what counts, the interquartile range over the median says how
-far to trust it, and a ratio of two models is the median of the ratios of bursts that were taken side by side.
+What a burst says (`bursts.burst_us`) is the raw value. The median over bursts is what counts, the interquartile range
+over the median says how far to trust it, and a ratio of two models is the median of the ratios of bursts that were
+taken side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from automl_compress.errors import DeviceError
 
 
 def timing(bursts_us: Sequence[float], runs: int) -> Timing:
-    """Summarise burst means in microseconds; `runs` is how many runs a burst had.
+    """Summarise bursts in microseconds; `runs` is how many runs a burst had.
 
     Raises DeviceError if there are none or one of them isn't a positive number.
     """
@@ -55,6 +56,6 @@ def burst_means(values: Sequence[float], bursts: int, discard: float) -> tuple[f
 
 
 def median_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Median and (largest - smallest) / median of a few burst means; the spread of a zero median is 0."""
+    """Median and (largest - smallest) / median of a few bursts; the spread of a zero median is 0."""
     median = float(np.median(values))
     return median, (float(max(values)) - float(min(values))) / median if median > 0 else 0.0

@@ -68,6 +68,16 @@ def test_a_burst_counts_only_the_runs_after_the_discarded_ones() -> None:
     assert bursts.burst_us(run, runs=6, discard=0.34, clock=lambda: now[0]) == pytest.approx(1000)
 
 
+def test_a_burst_is_not_longer_for_a_process_that_took_the_core_meanwhile() -> None:
+    now, done = [0.0], [0]
+
+    def run() -> None:
+        done[0] += 1
+        now[0] += 0.009 if done[0] in (15, 22) else 0.001
+
+    assert bursts.burst_us(run, runs=30, discard=0.34, clock=lambda: now[0]) == pytest.approx(1000)
+
+
 @given(st.floats(min_value=1e-9, max_value=1e4))
 def test_bursts_are_as_long_as_the_protocol_says_unless_a_model_is_slow(one_run_s: float) -> None:
     length = bursts.burst_length(one_run_s, {"burst_seconds": 1.0, "burst_runs": 30})
