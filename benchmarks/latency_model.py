@@ -223,18 +223,24 @@ def size_errors(forecast: Forecast, plans: Sequence[Plan], predicted: Sequence[f
     return {"median_error": float(np.median(misses)), "worst_error": float(misses.max())}
 
 
-def memory_errors(forecast: Forecast, plans: Sequence[Plan]) -> dict[str, float]:
+def memory_errors(forecast: Forecast, plans: Sequence[Plan]) -> dict[str, Any]:
     """Predicted from the plan alone against the peak of a fresh process; `within` counts 10 % or 1 MB."""
-    found = []
+    measured, lowered, quick = [], [], []
     for plan in plans:
         with forecast.device.saved(forecast.bench.structure(plan)) as path:
-            found.append((forecast.quick(plan).memory_bytes, forecast.device.memory_bytes(path)))
-    predicted, measured = (np.array(column, dtype=float) for column in zip(*found, strict=True))
-    misses = np.abs(predicted - measured)
-    within = (misses <= 0.1 * measured) | (misses <= 1e6)
+            measured.append(float(forecast.device.memory_bytes(path)))
+        lowered.append(float(forecast.predict(plan).memory_bytes))
+        quick.append(float(forecast.quick(plan).memory_bytes))
+    return {**_memory_row(lowered, measured), "quick": _memory_row(quick, measured)}
+
+
+def _memory_row(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
+    peaks = np.array(measured)
+    misses = np.abs(np.array(predicted) - peaks)
+    within = (misses <= 0.1 * peaks) | (misses <= 1e6)
     return {
-        "median_error": float(np.median(misses / measured)),
-        "worst_error": float((misses / measured).max()),
+        "median_error": float(np.median(misses / peaks)),
+        "worst_error": float((misses / peaks).max()),
         "worst_bytes": float(misses.max()),
         "within": float(np.mean(within)),
     }

@@ -3,7 +3,7 @@
 latency   which kernels the runtime will execute (found by asking it), each priced from the profile, and a correction
           for what the sum leaves out, fitted on models that were measured whole
 size      the bytes of the file, exactly
-memory    learned from file size, live activations and number of kernels of models that were weighed
+memory    learned from file size, reordered weights, live activations and number of kernels of weighed models
 """
 
 from __future__ import annotations
@@ -20,19 +20,28 @@ from automl_compress.core.budget import METRICS, Cost
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.fit import MEDIAN_DEVIATION, Fit, fit
 from automl_compress.hardware.interpolate import PriceList, Total
+from automl_compress.hardware.kernel_key import reordered_bytes
 from automl_compress.hardware.kernels import Kernel, structure_digest, weight_bytes
 from automl_compress.hardware.measure import measure_model
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import ModelRecord
 
-# What the runtime's allocator takes at first, the file with its parsed and packed copies, the activations, and what it
-# keeps for each node.
-_MEMORY_PRIOR = (1.8e6, 3.0, 1.0, 1e4)
+# What the runtime's allocator takes at first, the file and its copies, weights that are kept in another layout as well,
+# the activations, and what is kept for each node.
+_MEMORY_PRIOR = (1.5e6, 1.2, 1.5, 2.0, 1.3e4)
 # Weighing repeats to a few percent and the prior is close, so that fewer models do than for the latency.
 _ENOUGH_WEIGHED = 4
-_LATENCY_PRIOR = (1.0, 0.0, 0.0, 0.0, 0.0)
 # What the correction's terms are called in the profile.
-LATENCY_TERMS = ("kernel_sum_us", "nodes", "constant", "kernel_sum_us_x_ln_size", "kernel_sum_us_x_ln_activations")
+LATENCY_TERMS = (
+    "kernel_sum_us",
+    "nodes",
+    "constant",
+    "kernel_sum_us_x_ln_size",
+    "kernel_sum_us_x_ln_activations",
+    "kernel_sum_us_x_ln_size_squared",
+    "kernel_sum_us_x_ln_activations_squared",
+)
+_LATENCY_PRIOR = (1.0, *[0.0] * (len(LATENCY_TERMS) - 1))
 # Another network's overheads say something about this one only if both take a similar time.
 _SIMILAR = 4.0
 # A prediction whose kernels are known this badly (relative standard deviation of their sum) is worth a measurement.
@@ -45,10 +54,12 @@ _CHECKED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """Bytes of a model: its file, its constants, and the peak of activations that are alive at the same time."""
+    """Bytes of a model: its file, its constants, those of them that the runtime keeps in its own layout as well, and
+    the peak of activations that are alive at the same time."""
 
     file: float
     weights: float
+    reordered: float
     activations: float
 
 
@@ -119,7 +130,12 @@ class CostModel:
             measure_model(self.device, model, reference=self._original or model)
             self._measurements += 1
         total = self.prices.total(keys)
-        tensors = Tensors(file=model.ByteSize(), weights=weight_bytes(model), activations=lowered.activation_bytes)
+        tensors = Tensors(
+            file=model.ByteSize(),
+            weights=weight_bytes(model),
+            reordered=reordered_bytes(keys),
+            activations=lowered.activation_bytes,
+        )
         return self.cost_of(total, len(keys), tensors)
 
     def cost_of(self, total: Total, nodes: float, tensors: Tensors) -> Cost:
@@ -139,13 +155,13 @@ class CostModel:
     def _memory_bytes(self, tensors: Tensors, nodes: float, process: Fit) -> float:
         if self.profile.header.memory.model == "tensors":
             return tensors.weights + tensors.activations
-        return process((1.0, tensors.file, tensors.activations, nodes))
+        return process((1.0, tensors.file, tensors.reordered, tensors.activations, nodes))
 
     def fits(self, total_us: float) -> tuple[Fit, Fit]:
         """What a model whose kernels add up to `total_us` is predicted by.
 
-        Latency in microseconds from the terms of `LATENCY_TERMS`, memory in bytes from (1, file size, live
-        activations, number of kernels).
+        Latency in microseconds from the terms of `LATENCY_TERMS`, memory in bytes from (1, file size, reordered
+        weights, live activations, number of kernels).
         """
         if self.profile.revision != self._fitted:
             self._fits.clear()
@@ -201,16 +217,19 @@ class CostModel:
 
 
 def priced(kernels: Iterable[Kernel], prices: PriceList) -> list[Kernel]:
-    """The kernels with their times, and where these come from."""
-    found = [(kernel, prices[kernel.key]) for kernel in kernels]
-    return [replace(kernel, mean_us=price.us, provenance=price.provenance) for kernel, price in found]
+    """All of a model's kernels with their times in it, and where these come from."""
+    executed = list(kernels)
+    found = prices.of_model(kernel.key for kernel in executed)
+    return [replace(k, mean_us=found[k.key].us, provenance=found[k.key].provenance) for k in executed]
 
 
 def _terms(kernel_sum_us: float, nodes: float, size_bytes: float, activation_bytes: float) -> tuple[float, ...]:
-    """What a latency is made of. The same kernel is faster in a smaller model, whose weights and activations are in
-    a nearer cache: hence the products with the logarithms of both, in units of 1 MB."""
+    """What a latency is made of. The same kernel is faster in a smaller model, whose weights and activations are in a
+    nearer cache; what prices don't say of that by themselves (`growth.py`) follows the products with the logarithms of
+    both, in units of 1 MB, and with their squares, since caches have ends."""
     weights, activations = (math.log(max(count, 1e3) / 1e6) for count in (size_bytes, activation_bytes))
-    return (kernel_sum_us, nodes, 1.0, kernel_sum_us * weights, kernel_sum_us * activations)
+    products = (weights, activations, weights**2, activations**2)
+    return (kernel_sum_us, nodes, 1.0, *(kernel_sum_us * product for product in products))
 
 
 def _record_terms(record: ModelRecord) -> tuple[float, ...]:
@@ -232,6 +251,9 @@ def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
 
 
 def _fit_memory(records: Sequence[ModelRecord]) -> Fit:
-    weighed = [(r, r.memory_bytes) for r in records if r.memory_bytes]
-    rows = [(1.0, r.size_bytes, r.activation_bytes, r.nodes) for r, _ in weighed]
-    return fit(rows, [float(peak) for _, peak in weighed], _MEMORY_PRIOR, nonnegative=True, enough=_ENOUGH_WEIGHED)
+    weighed = [
+        (r, r.memory_bytes, r.reordered_bytes) for r in records if r.memory_bytes and r.reordered_bytes is not None
+    ]
+    rows = [(1.0, r.size_bytes, again, r.activation_bytes, r.nodes) for r, _, again in weighed]
+    peaks = [float(peak) for _, peak, _ in weighed]
+    return fit(rows, peaks, _MEMORY_PRIOR, nonnegative=True, enough=_ENOUGH_WEIGHED)

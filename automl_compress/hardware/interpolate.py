@@ -5,6 +5,9 @@ weights); what it misses (the staircase of blocked layouts above all) is learned
 of measured over roofline. Its inputs are the sizes' logarithms, and for each size what is left over after blocks of 2,
 4, 8, 16, 32: 48 channels are like 32, not like 47. Far from anything measured the roofline is what remains, and the
 uncertainty says so. (Rasmussen and Williams 2006, chapter 2.)
+
+A kernel's time depends on the model around it, too (`growth.py`): measured times are brought to the profile's typical
+traffic before anything is learned from them, and prices to that of the model which is asked about.
 """
 
 from __future__ import annotations
@@ -12,20 +15,20 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from automl_compress.core.budget import Provenance
-from automl_compress.hardware.kernel_key import read_key
+from automl_compress.hardware.growth import SMALLEST_US, learn_growth
+from automl_compress.hardware.kernel_key import KernelParts, read_key, traffic_bytes
 from automl_compress.hardware.roofline import work_of
 from automl_compress.hardware.schema import KernelRecord
 
 Array = NDArray[np.float64]
 
-SMALLEST_US = 0.05
 # Neighbours that a prediction looks at: more don't change it, and the cost grows with the cube.
 _NEIGHBOURS = 48
 _SIGNAL = 0.3
@@ -43,6 +46,11 @@ _RELATED_ERROR = 0.4
 _FUSED_ERROR = 0.1
 _UNKNOWN_ERROR = 1.0
 _FROM_WEAKEST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
+# Channels that a grouped convolution computes at a time: what is left over is computed one by one, or with padding.
+_AT_A_TIME = (4, 8, 16)
+_PADDED_TO = (8, 16, 32)
+# How much further off than said predictions of few kernels are.
+_DOUBT = 1.5
 _BLOCKS = ((2, 0.35), (4, 0.5), (8, 0.6), (16, 0.8), (32, 0.4))
 
 
@@ -78,7 +86,8 @@ class PriceList:
     """
 
     def __init__(self, kernels: Mapping[str, KernelRecord]) -> None:
-        self._known = dict(kernels)
+        self.growth = learn_growth(kernels.values())
+        self._known = {key: self.growth.typical(record) for key, record in kernels.items()}
         self._prices: dict[str, Price] = {}
         families: dict[str, list[str]] = defaultdict(list)
         operators: dict[str, list[str]] = defaultdict(list)
@@ -92,15 +101,23 @@ class PriceList:
         self._curves: dict[str, SizeCurve] = {}
 
     def __getitem__(self, key: str) -> Price:
+        """In a model of the profile's typical traffic."""
         price = self._prices.get(key)
         if price is None:
             price = self._prices[key] = self._measured(key) or self._interpolated(key)
         return price
 
-    def total(self, keys: Iterable[str]) -> Total:
-        """What kernels take one after the other. Errors of equal kernels are one error and add up."""
+    def of_model(self, keys: Iterable[str]) -> dict[str, Price]:
+        """The prices of a model's kernels, all of which are given, in that model."""
         counts = Counter(keys)
-        prices = {key: self[key] for key in counts}
+        traffic = sum(traffic_bytes([key]) * count for key, count in counts.items())
+        factors = {key: self.growth.factor(read_key(key).op, traffic) for key in counts}
+        return {key: replace(self[key], us=self[key].us * factor) for key, factor in factors.items()}
+
+    def total(self, keys: Iterable[str]) -> Total:
+        """What a model's kernels take one after the other. Errors of equal kernels are one error and add up."""
+        counts = Counter(keys)
+        prices = self.of_model(counts.elements())
         us = sum(prices[key].us * count for key, count in counts.items())
         variances = {key: (prices[key].us * prices[key].error * count) ** 2 for key, count in counts.items()}
         guessed = sum(variance for key, variance in variances.items() if prices[key].provenance != "measured")
@@ -169,7 +186,19 @@ def place_of(key: str, *, core: bool = False) -> SizePlace:
     reads, writes, weights = (
         sum(tensor.bytes for tensor in tensors) / 1e4 for tensors in (parts.inputs, parts.outputs, parts.weights)
     )
-    return SizePlace(parts.core_sizes if core else parts.sizes, (1.0, work.operations / 1e6, reads, writes, weights))
+    megaoperations = work.operations / 1e6
+    effort = (1.0, megaoperations, reads, writes, weights, *(share * megaoperations for share in _unfilled(parts)))
+    return SizePlace(parts.core_sizes if core else parts.sizes, effort)
+
+
+def _unfilled(parts: KernelParts) -> tuple[float, ...]:
+    """Shares of a grouped convolution's channels that are left over after full blocks, and that are missing to fill the
+    last one."""
+    if not parts.grouped or not parts.weights:
+        return (0.0,) * (len(_AT_A_TIME) + len(_PADDED_TO))
+    channels = max(parts.weights[0].shape[0], 1)
+    left = [channels % block / channels for block in _AT_A_TIME]
+    return (*left, *(-channels % block / channels for block in _PADDED_TO))
 
 
 class SizeCurve:
@@ -191,7 +220,7 @@ class SizeCurve:
             sizes = np.array([place.sizes for place in places], dtype=int).reshape(len(places), -1)
             self._columns = _distinct_columns(sizes)
             self._logs, self._blocks = _features(sizes[:, self._columns])
-            self._reach = _most_likely(self._logs, self._blocks, self._residuals, self._noise)
+            self._reach, self._doubt = _most_likely(self._logs, self._blocks, self._residuals, self._noise)
 
     def roofline(self, place: SizePlace) -> float:
         """Microseconds by the family's fitted rates alone."""
@@ -211,7 +240,7 @@ class SizeCurve:
         weights = np.linalg.solve(covariance, toward)
         variance = max(_SIGNAL**2 - float(weights @ toward), 0.0) + _NOISE**2
         ratio = float(weights @ self._residuals[near])
-        return self.roofline(place) * float(np.exp(ratio)), float(np.sqrt(variance))
+        return self.roofline(place) * float(np.exp(ratio)), self._doubt * float(np.sqrt(variance))
 
     def _rooflines(self, work: Array) -> Array:
         floor = max(SMALLEST_US, 0.2 * float(self._times.min()))
@@ -242,12 +271,13 @@ def _distances(one: Array, other: Array, reach: float) -> Array:
     return distances
 
 
-def _most_likely(logs: Array, blocks: Array, values: Array, noise: Array) -> tuple[float, float]:
-    """The pair of reaches under which values are most likely, each left out once (Rasmussen and Williams, 5.12)."""
+def _most_likely(logs: Array, blocks: Array, values: Array, noise: Array) -> tuple[tuple[float, float], float]:
+    """The pair of reaches under which values are most likely, each left out once (Rasmussen and Williams, 5.12), and by
+    how much the misses of those that were left out exceed their standard deviations."""
     if len(values) < _ENOUGH_TO_CHOOSE:
-        return _REACHES[0]
+        return _REACHES[0], _DOUBT
     some = np.linspace(0, len(values) - 1, min(len(values), _LARGEST_CHOICE)).round().astype(int)
-    best, chosen = -np.inf, _REACHES[0]
+    best, chosen, doubt = -np.inf, _REACHES[0], 1.0
     for along, across in _REACHES:
         between = _distances(logs[some], logs[some], along) + _distances(blocks[some], blocks[some], across)
         inverse = np.linalg.inv(_SIGNAL**2 * np.exp(-0.5 * between) + np.diag(noise[some] ** 2))
@@ -256,4 +286,5 @@ def _most_likely(logs: Array, blocks: Array, values: Array, noise: Array) -> tup
         likelihood = float(-0.5 * (np.log(variance) + misses**2 / variance).sum())
         if likelihood > best:
             best, chosen = likelihood, (along, across)
-    return chosen
+            doubt = max(1.0, float(np.sqrt((misses**2 / variance).mean())))
+    return chosen, doubt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ _CHANNELS = re.compile(r"\b(g|channels=)(\d+)")
 _DIGITS = re.compile(r"\d+")
 _FLOAT_BITS = {"float": 32, "double": 64, "bool": 8}
 FULL_BITS = 32
+BLOCKED = ".nchwc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,16 @@ class KernelParts:
     def name(self) -> str:
         return self.op.partition(".")[0]
 
+    @property
+    def bytes(self) -> int:
+        """Of everything that it reads and writes, weights included."""
+        return sum(tensor.bytes for tensor in (*self.inputs, *self.outputs, *self.weights))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it is a convolution in groups, such as a depthwise one."""
+        return " gN" in self.family
+
 
 @lru_cache(maxsize=100_000)
 def read_key(key: str) -> KernelParts:
@@ -93,6 +105,17 @@ def read_key(key: str) -> KernelParts:
         core="|".join((op.replace("Fused", ""), kinds, geometry)),
         core_sizes=tuple(size for tensor in tensors for size in tensor.shape),
     )
+
+
+def traffic_bytes(keys: Iterable[str]) -> int:
+    """What a model that executes these kernels reads and writes in one run, kernel by kernel."""
+    return sum(read_key(key).bytes for key in keys)
+
+
+def reordered_bytes(keys: Iterable[str]) -> int:
+    """Bytes of weights that the runtime keeps a second time, in its blocked layout."""
+    parts = [read_key(key) for key in keys]
+    return sum(tensor.bytes for part in parts if part.op.endswith(BLOCKED) for tensor in part.weights)
 
 
 def _tensors(text: str) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from automl_compress.errors import DeviceError
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.executed import RawKernel, Trace
 from automl_compress.hardware.interpolate import PriceList
+from automl_compress.hardware.kernel_key import reordered_bytes, traffic_bytes
 from automl_compress.hardware.kernels import Kernel, key_of
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import KernelRecord, ModelRecord
@@ -28,6 +29,8 @@ from automl_compress.progress import Progress, SilentProgress
 ENOUGH_SIGHTINGS = 8
 # A trace whose whole model wavered more than it should is repeated so often at most; the steadiest counts.
 _ATTEMPTS = 3
+# Working out all prices takes longer than measuring a small model; so many are predicted by the same ones.
+_PRICED_ANEW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,29 +74,33 @@ def measure_variants(
     whole = {*keys[:1], *spread_evenly(keys, whole_models)} if device.measures else set()
     seen: list[str] = []
     timed = 0
+    prices: PriceList | None = None
     for key, model in distinct.items():
         unknown = missing_kernels(profile, device.lowered(model).kernels)
         if unknown or (key in whole and profile.model(key) is None):
-            seen += measure_model(device, model, reference=distinct[keys[0]])
+            if timed % _PRICED_ANEW == 0:
+                prices = PriceList(profile.kernels) if profile.kernels else None
+            seen += measure_model(device, model, reference=distinct[keys[0]], prices=prices)
             timed += 1
         show.advance(kernels=len(profile.kernels))
     known = [k for k in keys if profile.model(k) is not None]
-    unweighed = [k for k in spread_evenly(known, memories) if device.measures and not _has_memory(profile, k)]
-    for key in unweighed:
-        _weigh(device, distinct[key])
+    weighed = weigh_models(device, [distinct[key] for key in spread_evenly(known, memories)])
     return Filled(
         kernels=len(profile.kernels) - before,
         models=timed,
-        memories=len(unweighed),
-        requests=timed + len(unweighed),
+        memories=weighed,
+        requests=timed + weighed,
         troubles=tuple(seen),
     )
 
 
-def measure_model(device: Device, model: onnx.ModelProto, *, reference: onnx.ModelProto) -> tuple[str, ...]:
+def measure_model(
+    device: Device, model: onnx.ModelProto, *, reference: onnx.ModelProto, prices: PriceList | None = None
+) -> tuple[str, ...]:
     """Time a model's kernels and the whole in turns with the reference, and store both.
 
-    A measurement that wavers is repeated, and the steadiest of three is stored. Returns what disturbed that one.
+    A measurement that wavers is repeated, and the steadiest of three is stored. `prices` say what was known before
+    (default: all that the profile knows): the record keeps what they predicted. Returns what disturbed the measurement.
     """
     profile, lowered = device.profile, device.lowered(model)
     profile.require_match()
@@ -106,9 +113,11 @@ def measure_model(device: Device, model: onnx.ModelProto, *, reference: onnx.Mod
             trace = device.trace(path, beside)
             attempts.append((trace.whole(reference_us)[1], trace, troubles(device.conditions)))
     _, trace, found = min(attempts, key=lambda attempt: attempt[0])
-    before = PriceList(profile.kernels).total(kernel.key for kernel in lowered.kernels) if profile.kernels else None
+    keys = [kernel.key for kernel in lowered.kernels]
+    before = (prices or PriceList(profile.kernels)).total(keys) if profile.kernels else None
     raw, note = trace.timed(reference_us), "; ".join(found) or None
-    profile.add_kernels(kernel_records(raw, profile.kernels, conditions=note))
+    traffic = traffic_bytes(keys)
+    profile.add_kernels(kernel_records(raw, profile.kernels, traffic=traffic, conditions=note))
     missing = missing_kernels(profile, lowered.kernels)
     if missing:
         raise DeviceError(
@@ -124,6 +133,7 @@ def measure_model(device: Device, model: onnx.ModelProto, *, reference: onnx.Mod
         spread=round(spread, 4),
         size_bytes=model.ByteSize(),
         activation_bytes=lowered.activation_bytes,
+        reordered_bytes=reordered_bytes(keys),
         predicted_us=round(before.us, 3) if before else None,
         foreseen=round(before.measured_share, 4) if before else None,
         bursts_us=tuple(round(us, 3) for us in bursts),
@@ -139,9 +149,12 @@ def missing_kernels(profile: DeviceProfile, kernels: Iterable[Kernel]) -> list[s
 
 
 def kernel_records(
-    raw: Sequence[RawKernel], known: Mapping[str, KernelRecord], *, conditions: str | None = None
+    raw: Sequence[RawKernel], known: Mapping[str, KernelRecord], *, traffic: int, conditions: str | None = None
 ) -> list[KernelRecord]:
-    """One record per key of a trace, for keys that aren't known well enough; equal kernels are averaged."""
+    """One record per key of a trace, for keys that aren't known well enough; equal kernels are averaged.
+
+    `traffic` is the bytes that the traced model reads and writes in one run.
+    """
     groups: dict[str, list[RawKernel]] = defaultdict(list)
     for kernel in raw:
         groups[key_of(kernel)].append(kernel)
@@ -156,6 +169,7 @@ def kernel_records(
                 mean_us=round(float(np.mean([kernel.mean_us for kernel in group])), 3),
                 spread=round(float(np.median([kernel.spread for kernel in group])), 4),
                 bursts_us=tuple(round(float(value), 3) for value in bursts),
+                traffic_bytes=(traffic,),
                 conditions=conditions,
             )
         )
@@ -170,15 +184,17 @@ def spread_evenly(keys: Sequence[str], count: int) -> list[str]:
     return [keys[i] for i in dict.fromkeys(places)]
 
 
-def _has_memory(profile: DeviceProfile, key: str) -> bool:
-    record = profile.model(key)
-    return record is not None and record.memory_bytes is not None
-
-
-def _weigh(device: Device, model: onnx.ModelProto) -> None:
-    """Measure a recorded model's memory and record it again with that."""
-    device.profile.require_match()
-    record = device.profile.model(device.lowered(model).key)
-    assert record is not None
-    with device.saved(model) as path:
-        device.profile.add_models([replace(record, memory_bytes=device.memory_bytes(path))])
+def weigh_models(device: Device, models: Iterable[onnx.ModelProto]) -> int:
+    """Measure the memory of models that the profile has, and record them again; returns how many lacked it."""
+    if not device.measures:
+        return 0
+    weighed = 0
+    for model in models:
+        record = device.profile.model(device.lowered(model).key)
+        if record is None or record.memory_bytes is not None:
+            continue
+        device.profile.require_match()
+        with device.saved(model) as path:
+            device.profile.add_models([replace(record, memory_bytes=device.memory_bytes(path))])
+        weighed += 1
+    return weighed

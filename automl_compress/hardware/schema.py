@@ -34,7 +34,8 @@ _WAY_OUT = "delete the line, it will be measured again"
 class KernelRecord:
     """One executed kernel's time. `bursts_us` are what the rounds said, `spread` is their range over their median.
 
-    `conditions` says in a few words what was special when it was measured.
+    `traffic_bytes`: what each model that it was seen in reads and writes in one run, kernel by kernel; empty where that
+    isn't known. `conditions` says in a few words what was special when it was measured.
     """
 
     __pydantic_config__ = _STRICT
@@ -43,9 +44,20 @@ class KernelRecord:
     mean_us: NotNegative
     spread: NotNegative
     bursts_us: Bursts = ()
+    traffic_bytes: tuple[Whole, ...] = ()
     count: Count = 1
     provenance: Provenance = "measured"
     conditions: str | None = None
+
+    @property
+    def sightings(self) -> list[tuple[tuple[float, ...], int]]:
+        """(rounds, traffic of the model) of each model that it was seen in; empty where the two can't be told apart."""
+        models = len(self.traffic_bytes)
+        if models != self.count or len(self.bursts_us) % self.count:
+            return []
+        rounds = len(self.bursts_us) // models
+        cut = [self.bursts_us[i * rounds : (i + 1) * rounds] or (self.mean_us,) for i in range(models)]
+        return list(zip(cut, self.traffic_bytes, strict=True))
 
     def merged(self, other: KernelRecord) -> KernelRecord:
         """Two measurements of the same kernel as one; each weighs as often as the kernel was seen."""
@@ -57,6 +69,7 @@ class KernelRecord:
             mean_us=mean,
             spread=max(self.spread, other.spread, between),
             bursts_us=(*self.bursts_us, *other.bursts_us),
+            traffic_bytes=(*self.traffic_bytes, *other.traffic_bytes),
             count=count,
             provenance=self.provenance if self.provenance == other.provenance else "interpolated",
             conditions="; ".join(dict.fromkeys(filter(None, _parts(self, other)))) or None,
@@ -72,7 +85,8 @@ class ModelRecord:
     """A whole model: what its kernels add up to beside what it really takes, for fitting and checking predictions.
 
     `key` is the digest of its structure, `family` that of the model that it was measured beside (and is a variant of),
-    `nodes` counts executed kernels, `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
+    `nodes` counts executed kernels, `reordered_bytes` the weights that the runtime keeps in a layout of its own as well
+    (None in older files), `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
     predicted before this model was measured, with the share `foreseen` of it from kernels that it had measured.
     """
 
@@ -86,6 +100,7 @@ class ModelRecord:
     spread: NotNegative
     size_bytes: Whole
     activation_bytes: Whole
+    reordered_bytes: Whole | None = None
     memory_bytes: Whole | None = None
     predicted_us: NotNegative | None = None
     foreseen: NotNegative | None = None

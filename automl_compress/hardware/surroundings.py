@@ -160,8 +160,9 @@ def _row(sample: Sample, prices: PriceList) -> _Row:
     own: list[tuple[float, float] | None] = [None] * count
     helper_us, helper_count = [0.0] * (count + 1), [0.0] * (count + 1)
     total = 0.0
+    found = prices.of_model(kernel.key for kernel in sample.kernels)
     for kernel, position in zip(sample.kernels, charge(sketch.skeleton, sample.kernels), strict=True):
-        price = prices[kernel.key]
+        price = found[kernel.key]
         total += price.us
         if kernel.role == "layer" and position < count and own[position] is None:
             own[position] = (price.us, price.error)

@@ -19,20 +19,22 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from automl_compress.core.budget import Cost
-from automl_compress.core.plan import Plan
+from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.sketcher import Sketcher
 from automl_compress.errors import ExportError
 from automl_compress.hardware.cost import LATENCY_TERMS, CostModel, Tensors, priced
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.fit import Fit
+from automl_compress.hardware.interpolate import PriceList
+from automl_compress.hardware.kernel_key import reordered_bytes
 from automl_compress.hardware.kernels import Kernel, Lowered
-from automl_compress.hardware.measure import Filled, measure_model, measure_variants
+from automl_compress.hardware.measure import Filled, measure_model, measure_variants, spread_evenly, weigh_models
 from automl_compress.hardware.schema import CorrectionRecord
 from automl_compress.hardware.sketch import Sketch
 from automl_compress.hardware.surroundings import Sample, Surroundings
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.pricing import covering_plans, random_plan, weight_bytes
+from automl_compress.search.pricing import covering_plans, layer_bytes, random_plan, weight_bytes
 from automl_compress.search.space import SearchSpace
 
 # Shares of removed blocks among random plans: few, as a search proposes them, and many.
@@ -46,7 +48,7 @@ class Effort:
     """How much is measured. `pool`: random plans that are lowered, not measured, at most; `pool_seconds` for that;
     `traced`: of these, how many at most are measured, those first whose kernels are known least, until in nine of ten
     what is interpolated adds no more than `target` (relative standard deviation of the sum); `checks`: plans measured
-    at the end to tell how good predictions are; `memories`: models whose memory is measured."""
+    at the end to tell how good predictions are; `memories`: models whose memory is measured, small and large ones."""
 
     pool: int
     pool_seconds: float
@@ -57,7 +59,7 @@ class Effort:
 
 
 SEARCH = Effort(pool=24, pool_seconds=6.0, traced=8, target=0.02, checks=0, memories=8)
-PROFILE = Effort(pool=240, pool_seconds=45.0, traced=96, target=0.004, checks=12, memories=12)
+PROFILE = Effort(pool=240, pool_seconds=45.0, traced=96, target=0.004, checks=12, memories=20)
 
 
 class Forecast:
@@ -86,6 +88,7 @@ class Forecast:
         self._surroundings: Surroundings | None = None
         self._size_terms: NDArray[np.float64] = np.zeros(1)
         self._activation_share = 1.0
+        self._reordered_share = 0.0
 
     def learn(self, effort: Effort = SEARCH, progress: Progress | None = None) -> Filled:
         """Measure what the space needs and the profile lacks. Returns what was added to the profile.
@@ -98,9 +101,10 @@ class Forecast:
         self.variants = covering_plans(self.space, self.bench.graph, executions=executions, seed=self._seed)
         show.stage("looking at variants", len(self.variants))
         models = [self._lower(plan, show) for plan in self.variants]
-        filled = measure_variants(self.device, models, progress=show, memories=effort.memories)
+        filled = measure_variants(self.device, models, progress=show, memories=0)
         pool = self._pool(effort, show)
         measured, troubles = self._trace_unknown(pool, effort, show)
+        weighed = self._weigh(effort.memories, show)
         if measured:
             self._store_correction()
         self.forget()
@@ -109,7 +113,8 @@ class Forecast:
             filled,
             kernels=len(self.device.profile.kernels) - known,
             models=filled.models + measured,
-            requests=filled.requests + measured,
+            memories=weighed,
+            requests=filled.requests + measured + weighed,
             troubles=(*filled.troubles, *troubles),
         )
 
@@ -129,6 +134,7 @@ class Forecast:
         tensors = Tensors(
             file=float(np.dot(self._size_terms, sketch.size_terms)),
             weights=sketch.size_terms[0],
+            reordered=self._reordered_share * self._blocked_bytes(sketch),
             activations=self._activation_share * sketch.live_bytes(),
         )
         return self.costs.cost_of(total, nodes, tensors)
@@ -179,11 +185,22 @@ class Forecast:
             self._surroundings = Surroundings(samples, self.costs.prices)
             seen = [(lowered, size) for _, lowered, size in self._seen.values()]
             self._size_terms = _fit_size(sketches, [size for _, size in seen])
+            blocked = sum(self._blocked_bytes(sketch) for sketch in sketches)
+            found = sum(reordered_bytes(kernel.key for kernel in lowered.kernels) for lowered, _ in seen)
+            self._reordered_share = found / blocked if blocked else 0.0
             activations = [lowered.activation_bytes for lowered, _ in seen]
             self._activation_share = float(
                 np.median([found / sketch.live_bytes() for found, sketch in zip(activations, sketches, strict=True)])
             )
         return self._surroundings
+
+    def _blocked_bytes(self, sketch: Sketch) -> float:
+        """Weights of convolutions that may run in the runtime's blocked layout: those in floating point."""
+        layers, total = self.bench.graph.layer, 0.0
+        for position, name in enumerate(sketch.skeleton.layers):
+            if name is not None and layers[name].kernel and not sketch.integer[position]:
+                total += layer_bytes(layers[name], (sketch.read[position], sketch.written[position], FULL_BITS))
+        return total
 
     def _lower(self, plan: Plan, show: Progress) -> onnx.ModelProto:
         model = self.bench.structure(plan)
@@ -218,22 +235,33 @@ class Forecast:
             if float(np.quantile(list(errors.values()), 0.9)) <= effort.target:
                 break
             waiting.sort(key=lambda plan: -errors[plan.key])
+            prices = self.costs.prices
             for plan in waiting[:_BATCH]:
-                measured += self._measure(plan, troubles, show)
+                measured += self._measure(plan, prices, troubles, show)
             del waiting[:_BATCH]
+        prices = self.costs.prices
         for plan in checks:
-            measured += self._measure(plan, troubles, show)
+            measured += self._measure(plan, prices, troubles, show)
         return measured, troubles
+
+    def _weigh(self, count: int, show: Progress) -> int:
+        """Weigh measured models, evenly spread over their sizes, since memory is not predicted beyond what was seen."""
+        known = [(size, plan) for plan, lowered, size in self._seen.values() if self.device.profile.model(lowered.key)]
+        order = [plan.key for _, plan in sorted(known, key=lambda entry: (entry[0], entry[1].key))]
+        chosen = spread_evenly(order, count)
+        show.stage("weighing models", len(chosen))
+        return weigh_models(self.device, (self.bench.structure(self._seen[key][0]) for key in chosen))
 
     def _error(self, plan: Plan) -> float:
         return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).guess_error
 
-    def _measure(self, plan: Plan, troubles: list[str], show: Progress) -> int:
-        """Measure a plan unless the profile has it; returns 1 if it was measured."""
+    def _measure(self, plan: Plan, prices: PriceList, troubles: list[str], show: Progress) -> int:
+        """Measure a plan unless the profile has it; `prices`: what was known before. Returns 1 if it was measured."""
         key = self._seen[plan.key][1].key
         if self.device.profile.model(key) is not None:
             return 0
-        troubles += measure_model(self.device, self.bench.structure(plan), reference=self.bench.original)
+        model, original = self.bench.structure(plan), self.bench.original
+        troubles += measure_model(self.device, model, reference=original, prices=prices)
         show.advance(1, kernels=len(self.device.profile.kernels))
         return 1
 
