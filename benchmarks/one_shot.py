@@ -36,14 +36,14 @@ def main() -> None:
     models = compress_one_shot(task, rounds=rounds, seed=given.seed)
     seconds = time.perf_counter() - begun
     figures: dict[str, float] = {}
-    for share, (model, left) in models.items():
-        figures[f"accuracy_at_{share}"] = test_accuracy(model, task)
+    for share, (student, left) in models.items():
+        figures[f"accuracy_at_{share}"] = test_accuracy(student.model, task)
         figures[f"macs_left_at_{share}"] = left
     write_figures(given.json, "one_shot", figures | {"seconds": seconds}, quick=given.quick)
 
 
 def compress_one_shot(task: Any, *, rounds: int, seed: int) -> dict[int, tuple[Any, float]]:
-    """Share of the multiply-adds in percent -> (model, share that is really left)."""
+    """Share of the multiply-adds in percent -> (repaired student, share that is really left)."""
     import torch
 
     from automl_compress.model.trace import trace
@@ -84,7 +84,7 @@ def compress_one_shot(task: Any, *, rounds: int, seed: int) -> dict[int, tuple[A
         student = thorough.make(plan)
         left = table.plan_cost(graph, student.plan).latency_us / graph.macs
         print(f"{share} %: {left:.2%} left, repair: {student.repair}, widths {describe(student.plan, graph)}")
-        result[share] = (student.model, left)
+        result[share] = (student, left)
     return result
 
 

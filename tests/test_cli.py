@@ -155,7 +155,7 @@ def test_defaults() -> None:
         "space": "cnn",
         "seed": 0,
         "sampler": "budget",
-        "distillation": "soft",
+        "distillation": "soft+features+mixed",
         "recovery": "fine-tune",
     }
 

@@ -18,7 +18,7 @@ from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.recovery.names import NAMES as MODES
-from automl_compress.techniques.distillation.losses import DEFAULT, NAMES, parse_losses
+from automl_compress.techniques.distillation.losses import DEFAULT, MIXED, NAMES, parse_losses
 
 EXIT_CODES = {"met": 0, "infeasible": 3, "estimated": 4, "interrupted": 130}
 
@@ -60,7 +60,7 @@ def _search(
         str, typer.Option(metavar="MODE", help=f"How finalists are trained: {', '.join(MODES)}.")
     ] = DEFAULT_MODE,
     distillation: Annotated[
-        str, typer.Option(metavar="LOSSES", help=f"What is learned, joined by +: {', '.join(NAMES)}.")
+        str, typer.Option(metavar="LOSSES", help=f"What is learned, joined by +: {', '.join((*NAMES, MIXED))}.")
     ] = DEFAULT,
     weights: Weights = None,
     storage: Annotated[str | None, typer.Option(metavar="URL", help="Optuna storage to share the study in.")] = None,

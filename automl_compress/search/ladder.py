@@ -27,7 +27,7 @@ from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distillation.cache import AnswerCache
-from automl_compress.techniques.distillation.losses import DEFAULT, Losses
+from automl_compress.techniques.distillation.losses import DEFAULT, SOFT, Losses, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.distillation.teacher import samples_per_epoch
@@ -116,7 +116,8 @@ class Recovery:
     def __init__(
         self, bench: Workbench, folder: RunFolder, losses: Losses | None = None, mode: str = DEFAULT_MODE
     ) -> None:
-        self._bench, self._folder, self._losses, self._mode = bench, folder, losses or Losses(), check_mode(mode)
+        self._bench, self._folder, self._mode = bench, folder, check_mode(mode)
+        self._losses = losses or parse_losses(DEFAULT)
         self.cache = AnswerCache()
 
     def recover(self, plan: Plan, rung: str, schedule: Training, on_step: OnStep | None = None) -> Candidate:
@@ -235,9 +236,12 @@ class Recovery:
 
     def _objective(self, plan: Plan) -> Distillation:
         bench = self._bench
-        pairs = pair_layers(bench.graph, plan, bench.teacher) if self._losses.features else ()
+        losses = self._losses
+        pairs = pair_layers(bench.graph, plan, bench.teacher) if losses.features else ()
+        if losses.features and not pairs and str(losses) == DEFAULT:  # nobody has asked for features by name
+            losses = losses.without_features()
         self.cache.begin(samples_per_epoch(bench.task))
-        return Distillation(bench.task, bench.teacher, self._losses, pairs, self.cache)
+        return Distillation(bench.task, bench.teacher, losses, pairs, self.cache)
 
     def _unrounded(self, model: nn.Module, plan: Plan) -> float:
         """The metric on validation data before quantization; training with rounding can win back what lies between."""
@@ -277,7 +281,7 @@ class Recovery:
         record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
         if record is None or record.get("epochs") != schedule.epochs:
             return None
-        known = {"distillation": DEFAULT, "recovery": DEFAULT_MODE, **record}
+        known = {"distillation": SOFT, "recovery": DEFAULT_MODE, **record}
         if schedule.epochs > 0 and (known["distillation"], known["recovery"]) != (str(self._losses), mode):
             return None
         try:

@@ -31,7 +31,7 @@ def trainer(metric: Callable[[Plan, int], float]) -> tuple[Callable[[Plan, int],
     def train(plan: Plan, rung: int) -> Candidate:
         seen.append((plan.width, rung))
         return Candidate(
-            plan=plan, ranges={}, metric=metric(plan, rung), weights=Path(), onnx=Path(), losses=(), seconds=0.0
+            plan=plan, ranges={}, metric=metric(plan, rung), weights=Path(), onnx=Path(), training=(), seconds=0.0
         )
 
     return train, seen

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
-from automl_compress.errors import PlanError, RunFolderError
+from automl_compress.errors import PlanError, RunFolderError, TrainingError
 from automl_compress.model.task import accuracy
 from automl_compress.search import ladder
 from automl_compress.search.ladder import (
@@ -26,7 +26,7 @@ from automl_compress.search.ladder import (
     stored_quantization,
 )
 from automl_compress.techniques.distillation.features import layer_inputs
-from automl_compress.techniques.distillation.losses import parse_losses
+from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.training.log import StepReport
 from automl_compress.techniques.training.settings import Resources, Training
@@ -74,6 +74,15 @@ def test_a_rounded_student_shows_the_features_that_a_float_one_has(folder: RunFo
     for layer, value in wanted.items():
         assert float((seen[layer] - value).abs().mean()) < 0.02 * float(value.abs().max())
     assert recover(folder, losses="soft+features")[1] >= 4
+
+
+def test_without_features_the_default_goes_on_and_what_was_asked_for_by_name_does_not(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "pair_layers", lambda *_: ())
+    with pytest.raises(TrainingError, match="features has nothing to compare"):
+        recover(folder, losses="soft+features=1")
+    assert recover(folder, losses=DEFAULT)[1] >= 4
 
 
 def test_a_candidates_metric_is_that_of_its_file(folder: RunFolder) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from automl_compress.errors import InputError
 
@@ -30,7 +30,8 @@ FEATURE_LOSSES = {
     "attention": "where what layers read is large",
 }
 NAMES = {**LABEL_LOSSES, **FEATURE_LOSSES, TASK: "the task's own loss (cross-entropy) alone"}
-DEFAULT = SOFT
+# What a search's candidates learn. Where there are no features to compare, or no mixtures, they do without.
+DEFAULT = "soft+features+mixed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Losses:
     Raises InputError for a name that isn't known and for a number out of range.
     """
 
-    weights: Mapping[str, float | None] = field(default_factory=lambda: {DEFAULT: None})
+    weights: Mapping[str, float | None] = field(default_factory=lambda: {SOFT: None})
     temperature: float = 6.0
     soft_share: float = 0.9
     feature_share: float = 0.5
@@ -60,7 +61,7 @@ class Losses:
             raise InputError(f"distillation needs at least one loss of: {', '.join(NAMES)}")
         for name, weight in self.weights.items():
             if name not in NAMES:
-                raise InputError(f"unknown distillation loss {name!r}; there are: {', '.join(NAMES)}")
+                raise InputError(f"unknown distillation loss {name!r}; there are: {', '.join((*NAMES, MIXED))}")
             if weight is not None and not 0 <= weight < math.inf:
                 raise InputError(f"the weight of distillation loss {name} must be 0 or more, found {weight:g}")
         if all(weight == 0 for weight in self.weights.values()):
@@ -85,6 +86,10 @@ class Losses:
     def features(self) -> tuple[str, ...]:
         """Those on what layers read that count."""
         return tuple(name for name, weight in self.weights.items() if name in FEATURE_LOSSES and weight != 0)
+
+    def without_features(self) -> Losses:
+        """Those on outputs, and the task's own, alone."""
+        return replace(self, weights={n: w for n, w in self.weights.items() if n not in FEATURE_LOSSES})
 
     @property
     def needs_teacher(self) -> bool:
