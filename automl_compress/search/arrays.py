@@ -19,7 +19,7 @@ import numpy as np
 from automl_compress.core.graph import End, Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.search.space import SearchSpace
-from automl_compress.search.states import NEVER, Bools, Floats, Ints, Losses, States
+from automl_compress.search.states import NEVER, Bools, Floats, Ints, Losses, States, joined, padded, upward
 from automl_compress.search.table import ADDITIVE, AdditiveTable, QualityKey, kept_options, nearest_option
 
 _GRID = 64  # widths of one side of a layer that are told apart; above, a width is priced as the next larger one
@@ -113,6 +113,20 @@ class TableArrays:
         plain = self.plain(states)
         joined = np.concatenate([plain.position, plain.bits, plain.drop], axis=1).astype(np.uint8)
         return [row.tobytes() for row in joined]
+
+    def features(self, states: States) -> Floats:
+        """(row, key) -> 1 where that option is in force: of parts that are there, and of blocks that are not."""
+        plain = self.plain(states)
+        layers_gone, knobs_gone = self.gone(plain.drop)
+        result = np.zeros((len(plain), len(self.keys) + 1))
+        rows = np.arange(len(plain))[:, None]
+        chosen = self._knob_keys[self.first + plain.position]
+        for column in range(chosen.shape[2]):
+            result[rows, np.where(knobs_gone == 0, chosen[:, :, column], -1)] = 1.0
+        bits = self._bit_keys[np.arange(len(self.layers)), plain.bits]
+        result[rows, np.where(layers_gone == 0, bits, -1)] = 1.0
+        result[rows, np.where(plain.drop, self._drop_keys, -1)] = 1.0
+        return result[:, :-1]
 
     def plan(self, states: States, row: int = 0) -> Plan:
         """A row as a plan of the space."""
@@ -247,13 +261,13 @@ class TableArrays:
                 prices[:, :, at] = self.table.costs(layer.name, grid, bits)
             places.append(prices)
             layer_of.append(np.full(len(grid), column))
-            maps["in"].append(_upward(inputs, layer.in_channels))
-            maps["out"].append(_upward(outputs, layer.out_channels))
+            maps["in"].append(upward(inputs, layer.in_channels))
+            maps["out"].append(upward(outputs, layer.out_channels))
         self.cost: Floats = np.concatenate(places).transpose(1, 0, 2).copy()
         self.place_layer: Ints = np.concatenate(layer_of)
         self._place_first, self._columns = np.array(first, dtype=np.int64), np.array(columns, dtype=np.int64)
-        self._in_index, self._in_first = _joined(maps["in"])
-        self._out_index, self._out_first = _joined(maps["out"])
+        self._in_index, self._in_first = joined(maps["in"])
+        self._out_index, self._out_first = joined(maps["out"])
 
     def _reached(self, column: int) -> tuple[list[int], list[int]]:
         """The input and output widths that a layer may have; of tied sides only the input's, the output's follow."""
@@ -302,8 +316,8 @@ class TableArrays:
         ]
         drop_keys = [key(f"drop.{name}", True) for name in self.blocks]
         none = len(self.keys)
-        self._knob_keys = _padded(knob_keys, none, max((len(row) for row in knob_keys), default=1) or 1)
-        self._bit_keys = _padded(bit_keys, none, self.offered.shape[1])
+        self._knob_keys = padded(knob_keys, none, max((len(row) for row in knob_keys), default=1) or 1)
+        self._bit_keys = padded(bit_keys, none, self.offered.shape[1])
         self._drop_keys: Ints = np.array(drop_keys, dtype=np.int64)
 
 
@@ -332,20 +346,3 @@ def _tied_sides(layer: Layer) -> bool:
 
 def _channels(layer: Layer, end: End) -> int:
     return layer.in_channels if end == "in" else layer.out_channels
-
-
-def _upward(widths: Sequence[int], full: int) -> Ints:
-    """Width -> index of the smallest of `widths` that isn't below it."""
-    return np.minimum(np.searchsorted(widths, np.arange(full + 1)), len(widths) - 1).astype(np.int64)
-
-
-def _joined(maps: Sequence[Ints]) -> tuple[Ints, Ints]:
-    sizes = np.array([len(part) for part in maps], dtype=np.int64)
-    return np.concatenate(maps), (np.cumsum(sizes) - sizes).astype(np.int64)
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, width: int) -> Ints:
-    result = np.full((len(rows), width), fill, dtype=np.int64)
-    for i, row in enumerate(rows):
-        result[i, : len(row)] = row
-    return result

@@ -19,7 +19,9 @@ import numpy as np
 from automl_compress.search.arrays import TableArrays
 from automl_compress.search.states import NEVER, Bools, Floats, Ints, Losses, States
 
+_LOWEST, _HIGHEST = -9.0, 5.0  # powers of ten between which prices are looked for
 _STEPS = 14
+_STEPS_NEAR, _NEAR = 6, 0.7
 _STEPS_OF_SEVERAL = 24
 _SWEEPS = 2
 _CROWDED = 3  # knobs around a layer above which their order is disregarded
@@ -83,16 +85,19 @@ class Descent:
         # What everything costs at most, so that prices of different metrics compare.
         self.scale: Floats = np.maximum(most.sum(axis=1), 1e-12)
 
-    def solve(self, losses: Losses, limits: Floats) -> Found:
-        """The least loss within `limits` that the multipliers and a greedy refill find, for each row."""
+    def solve(self, losses: Losses, limits: Floats, around: Floats | None = None) -> Found:
+        """The least loss within `limits` that the multipliers find, for each row.
+
+        `around` are prices of a similar problem (rows over metrics): fewer are then tried, near to these.
+        """
         limited = np.isfinite(limits)
         room = np.where(limited, np.maximum(limits - self.arrays.fixed, 1e-12), 1.0)
         unit = np.where(limited, 1.0 / room, 0.0)
         start = self.arrays.untouched(len(limits))
         size = self._size_of(losses)
         if limited.sum(axis=1).max(initial=0) <= 1:
-            return self._bisect(losses, limits, unit, size, start)
-        return self._raise(losses, limits, unit, size, start)
+            return self._bisect(losses, limits, unit, size, start, around)
+        return self._raise(losses, limits, unit, size, start, around)
 
     def at(self, losses: Losses, prices: Floats, start: States, sweeps: int = _SWEEPS) -> States:
         """The descent at given prices (rows over metrics, loss for a microsecond or byte), from `start`."""
@@ -124,39 +129,53 @@ class Descent:
             most = np.maximum(most, each.max(axis=1, initial=0.0))
         return most
 
-    def _bisect(self, losses: Losses, limits: Floats, unit: Floats, size: Floats, start: States) -> Found:
+    def _bisect(
+        self, losses: Losses, limits: Floats, unit: Floats, size: Floats, start: States, around: Floats | None
+    ) -> Found:
         """One limit: the lowest price at which it is met. Above it everything is feasible, as loss isn't considered."""
-        low, high = np.full(len(limits), -9.0), np.full(len(limits), 5.0)
         best = _Best(self, losses, limits)
-        state = self.at(losses, unit * size[:, None] * 10.0 ** low[:, None], start)
-        best.see(state)
-        state = self.at(losses, unit * size[:, None] * 10.0 ** high[:, None], start, sweeps=3)
-        best.see(state)
-        for _ in range(_STEPS):
+        per_price = unit * size[:, None]
+        low, high, steps = np.full(len(limits), _LOWEST), np.full(len(limits), _HIGHEST), _STEPS
+        if around is not None:
+            middle = np.log10(np.maximum((around / np.maximum(per_price, 1e-300)).max(axis=1), 1e-300))
+            low, high = (np.clip(middle + by, _LOWEST, _HIGHEST) for by in (-_NEAR, _NEAR))
+            steps = _STEPS_NEAR
+        state = self.at(losses, per_price * 10.0 ** low[:, None], start)
+        low = np.where(best.see(state), _LOWEST, low)
+        state = self.at(losses, per_price * 10.0 ** high[:, None], start, sweeps=_SWEEPS + 1)
+        high = np.where(best.see(state), high, _HIGHEST)
+        for _ in range(steps):
             middle = (low + high) / 2
-            state = self.at(losses, unit * size[:, None] * 10.0 ** middle[:, None], state)
+            state = self.at(losses, per_price * 10.0 ** middle[:, None], state)
             met = best.see(state)
             low, high = np.where(met, low, middle), np.where(met, middle, high)
-        return best.found(unit * size[:, None] * 10.0 ** high[:, None])
+        if not best.complete:
+            best.see(self.at(losses, per_price * 10.0**_HIGHEST, start, sweeps=_SWEEPS + 1))
+        return best.found(per_price * 10.0 ** high[:, None])
 
-    def _raise(self, losses: Losses, limits: Floats, unit: Floats, size: Floats, start: States) -> Found:
+    def _raise(
+        self, losses: Losses, limits: Floats, unit: Floats, size: Floats, start: States, around: Floats | None
+    ) -> Found:
         """Several limits: prices of what is exceeded rise, others fall, by less and less."""
         best = _Best(self, losses, limits)
+        per_price = unit * size[:, None]
         best.see(self.at(losses, np.zeros_like(unit), start))
-        state = self.at(losses, unit * size[:, None] * 1e5, start, sweeps=3)
+        state = self.at(losses, per_price * 10.0**_HIGHEST, start, sweeps=_SWEEPS + 1)
         best.see(state)
-        exponent = np.full(limits.shape, -0.5)
-        step = np.ones(limits.shape)
+        exponent, step, steps = np.full(limits.shape, -0.5), np.ones(limits.shape), _STEPS_OF_SEVERAL
+        if around is not None:
+            exponent = np.log10(np.maximum(around / np.maximum(per_price, 1e-300), 10.0**_LOWEST))
+            step, steps = np.full(limits.shape, 0.3), _STEPS_NEAR + _STEPS_NEAR
         before = np.zeros(limits.shape)
-        for _ in range(_STEPS_OF_SEVERAL):
-            state = self.at(losses, unit * size[:, None] * 10.0**exponent, state)
+        for _ in range(steps):
+            state = self.at(losses, per_price * 10.0**exponent, state)
             best.see(state)
             over = np.sign(best.cost * unit - np.where(unit > 0, limits * unit, 0.0))
             turned = over * before < 0
             step = np.where(turned, step * 0.5, np.minimum(step * 1.2, 2.0))
             before = over
-            exponent = np.clip(exponent + step * over, -9.0, 5.0)
-        return best.found(unit * size[:, None] * 10.0**exponent)
+            exponent = np.clip(exponent + step * over, _LOWEST, _HIGHEST)
+        return best.found(per_price * 10.0**exponent)
 
     def _reduced(self, losses: Losses, prices: Floats) -> tuple[Floats, Ints]:
         """(row, place) -> loss and price of the best bits there, and their index."""
@@ -222,6 +241,11 @@ class _Best:
         self._loss = np.where(better, loss, self._loss)
         self._costs = np.where(better[:, None], self.cost, self._costs)
         return met
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has a feasible state."""
+        return bool(np.isfinite(self._loss).all())
 
     def found(self, prices: Floats) -> Found:
         assert self._states is not None

@@ -57,28 +57,39 @@ class Neighbours:
     def apply(self, states: States, changes: Ints) -> States:
         """Row by row, one change after another: `changes` is (row, any number), -1 for none."""
         position, bits, drop = states.position.copy(), states.bits.copy(), states.drop.copy()
-        for row, column in zip(*np.nonzero(changes >= 0), strict=True):
-            change = int(changes[row, column])
-            if change < self._bits_from:
-                position[row, self._knob_of[change]] = self._position_of[change]
-            elif change < self._blocks_from:
-                layer, index = divmod(change - self._bits_from, self._width)
-                bits[row, layer] = index
-            else:
-                drop[row, change - self._blocks_from] ^= True
+        for column in range(changes.shape[1]):
+            change = changes[:, column]
+            rows = np.flatnonzero((change >= 0) & (change < self._bits_from))
+            position[rows, self._knob_of[change[rows]]] = self._position_of[change[rows]]
+            rows = np.flatnonzero((change >= self._bits_from) & (change < self._blocks_from))
+            layer, index = np.divmod(change[rows] - self._bits_from, self._width)
+            bits[rows, layer] = index
+            rows = np.flatnonzero(change >= self._blocks_from)
+            drop[rows, change[rows] - self._blocks_from] ^= True
         return States(position, bits, drop)
 
-    def improve(self, states: States, losses: Losses, limits: Floats, prices: Floats, rounds: int = 24) -> States:
+    def around(
+        self, states: States, losses: Losses, limits: Floats, prices: Floats, *, paired: int, count: int
+    ) -> States:
+        """For each row about `count` plans that differ from it in one or two changes and are, as far as changes add up,
+        within `limits`: those with the lowest losses."""
+        _, cost = self.arrays.total(states, losses)
+        chosen = self._promising(states, losses, limits - cost, prices, paired, count)
+        return self.apply(states.take(np.repeat(np.arange(len(states)), chosen.shape[1])), chosen.reshape(-1, 2))
+
+    def improve(
+        self, states: States, losses: Losses, limits: Floats, prices: Floats, *, rounds: int = 24, paired: int = _PAIRED
+    ) -> States:
         """Lower the loss of feasible rows by single changes and pairs, within `limits`; equal losses: the cost.
 
-        Of all pairs of the changes that are most promising at `prices`, the best few are checked, for changes around
-        one layer or block don't add up.
+        Of all pairs of the `paired` changes that are most promising at `prices`, the best few are checked, for changes
+        around one layer or block don't add up.
         """
         active = np.arange(len(states))
         loss, cost = self.arrays.total(states, losses)
         for _ in range(rounds):
             part, terms = states.take(active), losses.take(active)
-            chosen = self._promising(part, terms, limits[active] - cost[active], prices[active])
+            chosen = self._promising(part, terms, limits[active] - cost[active], prices[active], paired, _CHECKED)
             trials = self.apply(part.take(np.repeat(np.arange(len(active)), chosen.shape[1])), chosen.reshape(-1, 2))
             rows = np.repeat(active, chosen.shape[1])
             tried_loss, tried_cost = self.arrays.total(trials, losses.take(rows))
@@ -94,11 +105,13 @@ class Neighbours:
             loss[active], cost[active] = tried_loss[taken], tried_cost[taken]
         return states
 
-    def _promising(self, states: States, losses: Losses, room: Floats, prices: Floats) -> Ints:
+    def _promising(
+        self, states: States, losses: Losses, room: Floats, prices: Floats, paired: int, checked: int
+    ) -> Ints:
         """(row, candidate, 2): the pairs and single changes that should lower the loss most within the room."""
         changes = self.changes(states, losses)
         rank = changes.loss + np.einsum("rmc,rm->rc", changes.cost, prices)
-        count = min(_PAIRED, rank.shape[1])
+        count = min(paired, rank.shape[1])
         few = np.sort(np.argpartition(rank, count - 1, axis=1)[:, :count], axis=1)
         loss = np.take_along_axis(changes.loss, few, axis=1)
         cost = np.take_along_axis(changes.cost, few[:, None, :], axis=2)
@@ -115,7 +128,8 @@ class Neighbours:
         below = np.tril_indices(count, -1)
         together[:, below[0], below[1]] = np.inf
         flat = together.reshape(len(together), -1)
-        best = np.argpartition(flat, min(_CHECKED, flat.shape[1] - 1), axis=1)[:, :_CHECKED]
+        checked = min(checked, flat.shape[1] - 1)
+        best = np.argpartition(flat, checked, axis=1)[:, :checked]
         first, second = np.take_along_axis(few, best // count, axis=1), np.take_along_axis(few, best % count, axis=1)
         single = alone.argmin(axis=1)
         first = np.concatenate([first, np.take_along_axis(few, single[:, None], axis=1)], axis=1)

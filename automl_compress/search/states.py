@@ -61,3 +61,22 @@ class Losses:
 
     def take(self, rows: Ints | Sequence[int]) -> Losses:
         return Losses(self.knobs[rows], self.bits[rows], self.drop[rows])
+
+
+def upward(widths: Sequence[int], full: int) -> Ints:
+    """Width -> index of the smallest of `widths` that isn't below it."""
+    return np.minimum(np.searchsorted(widths, np.arange(full + 1)), len(widths) - 1).astype(np.int64)
+
+
+def joined(maps: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """Arrays one after another, and where each begins."""
+    sizes = np.array([len(part) for part in maps], dtype=np.int64)
+    return np.concatenate(maps), (np.cumsum(sizes) - sizes).astype(np.int64)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, width: int) -> Ints:
+    """Rows of different lengths as one array."""
+    result = np.full((len(rows), width), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        result[i, : len(row)] = row
+    return result

@@ -10,8 +10,7 @@ from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InputError
-from automl_compress.search.decode import Decoder, additive_loss, options_in_force
-from automl_compress.search.learn import Observation, corrected
+from automl_compress.search.decode import Decoder, additive_loss
 from automl_compress.search.sampler import BudgetSampler, make_sampler
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.study import Objective, best_feasible, run_trials, seed_plans
@@ -132,29 +131,6 @@ def test_seeds_come_first_and_are_learned_from() -> None:
     run_trials(study, bench.objective(), 5)
     assert [t.user_attrs.get("label") for t in study.trials[:3]] == ["original", "width-0.5", None]
     assert bench.space.plan(study.trials[1].params).key == halved.key
-
-
-def test_learning_moves_an_estimate_that_is_wrong() -> None:
-    bench = Bench()
-    quality = dict.fromkeys(bench.table.quality, 1.0)
-    truth = {**quality, ("drop.b1", True): 6.0}
-    rng = np.random.default_rng(0)
-    observed = []
-    for _ in range(40):
-        plan = bench.space.plan({d.name: d.options[int(rng.integers(len(d.options)))] for d in bench.space.decisions})
-        observed.append(
-            Observation(options=options_in_force(bench.space, plan), loss=0.1 * additive_loss(bench.space, plan, truth))
-        )
-    learned = corrected(quality, observed)
-    others = [v for k, v in learned.items() if k[0].startswith("drop") and k != ("drop.b1", True)]
-    assert learned["drop.b1", True] > 2 * max(others)
-    assert corrected(quality, observed[:3]) == quality
-
-
-def test_losses_that_are_all_zero_teach_nothing() -> None:
-    quality = {("bits.a", 8): 1.0, ("bits.b", 8): 2.0}
-    observed = [Observation(options=(("bits.a", 8),), loss=0.0)] * 5
-    assert corrected(quality, observed) == quality
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
