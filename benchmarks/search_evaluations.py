@@ -26,7 +26,7 @@ from search_laboratory import Laboratory
 
 from automl_compress.core.plan import Plan
 from automl_compress.progress import Progress
-from automl_compress.search import decode, learn, sampler
+from automl_compress.search import arrays, budget_sampler, lagrange, moves, proposals, quick, surrogate, trials
 from automl_compress.search.decode import Decoder, solve
 from automl_compress.search.pricing import random_plan
 from automl_compress.search.sampler import make_sampler
@@ -34,6 +34,7 @@ from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
 from automl_compress.search.study import Objective, ranked, run_trials, seed_plans
 
 OURS = "budget"
+OUR_CODE = (arrays, budget_sampler, lagrange, moves, proposals, quick, surrogate, trials)
 METHODS = (OURS, MILP, "random", "nsga2", "tpe", "nsga2-fitted", "tpe-fitted", "gp")
 SHARES = (0.40, 0.35, 0.30, 0.25)
 COUNTS = (25, 50, 100, 200)
@@ -234,6 +235,6 @@ def _once(function: Callable[[Plan], Plan]) -> Callable[[Plan], Plan]:
 
 def _key(laboratory: Laboratory, method: str, share: float, seed: int) -> str:
     """Runs of the product's sampler are made again when its code has changed, all when the space has."""
-    text = "".join(inspect.getsource(module) for module in (sampler, decode, learn)) if method == OURS else ""
+    text = "".join(inspect.getsource(module) for module in OUR_CODE) if method == OURS else ""
     version = hashlib.sha256((laboratory.space.fingerprint + text).encode()).hexdigest()[:8]
     return f"{method} {share:.2f} seed {seed} {version}"

@@ -7,8 +7,8 @@ A trial goes through four steps.
 2. *Make candidates.* The decoder answers for losses that were drawn from what is still possible (Thompson sampling),
    for the most likely ones, and for losses that draw it to a mixture of two of the best plans; neighbours of these and
    of the best plans are added, all within the budget by the table.
-3. *Choose* the one that was not tried yet with the largest expected improvement, weighed by how likely it fits.
-4. *Ask* the cost model. If the plan is too dear, that is learned and the next one is asked for.
+3. *Choose* the one with the largest expected improvement of those that were not tried and are expected to fit.
+4. *Ask* the cost model. If the plan is too dear, that is learned, and the next one is chosen with more caution.
 
 The first trial is the table's optimum. It follows SPDY (Frantar and Alistarh, 2022), which searches the coefficients of
 a layer-wise knapsack, and Bayesian optimisation over discrete structures, where candidates come from a local search.
@@ -29,7 +29,6 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
-from scipy.special import log_ndtr
 
 from automl_compress.core.budget import Budget
 from automl_compress.core.plan import Plan
@@ -45,7 +44,8 @@ from automl_compress.search.trials import BASE, Known, Pricing, known_trials, lo
 
 _ELITES = 6
 _ENOUGH = 4  # evaluated plans from which the surrogate counts
-_ASKED = 8
+_ASKED = 10
+_CAUTION = 0.3  # standard deviations of more room that are asked for after each plan that was too dear
 _DRAWN, _DRAWN_LARGE = 4, 2
 _CHILDREN, _CHILDREN_LARGE = 3, 1
 _MUTATIONS = 2.0
@@ -168,9 +168,13 @@ class BudgetSampler(BaseSampler):
             return None
         worth = self._worth(surrogate, pool)
         asked: set[int] = set()
-        for _ in range(_ASKED):
-            score = worth + self._log_chance(pricing, pool)
+        for attempt in range(_ASKED):
+            room = self._room(pricing, pool)
+            score = np.where(room >= attempt * _CAUTION, worth, -np.inf)
             score[list(asked)] = -np.inf
+            if not np.isfinite(score).any():
+                score = room.copy()
+                score[list(asked)] = -np.inf
             best = int(score.argmax())
             if not np.isfinite(score[best]):
                 break
@@ -250,7 +254,7 @@ class BudgetSampler(BaseSampler):
             if surrogate is not None:
                 # What is best by all that is known has neighbours of its own.
                 features = columns.features(proposals.decoder, number, parents)
-                top = np.argsort(-surrogate.improvement(features), kind="stable")[:_ELITES]
+                top = np.argsort(-surrogate.log_improvement(features), kind="stable")[:_ELITES]
                 parents = States.stack([parents, proposals.nearby(parents.take(top), mean, limits, price)])
             digests = arrays.digests(parents)
             first = {digest: row for row, digest in reversed(list(enumerate(digests))) if digest not in taken}
@@ -291,13 +295,13 @@ class BudgetSampler(BaseSampler):
         """The logarithm of the expected improvement; without a surrogate, plans keep the order they were made in."""
         if surrogate is None:
             return -10.0 * np.arange(len(pool.features), dtype=np.float64)
-        return np.log(np.maximum(surrogate.improvement(pool.features), 1e-300))
+        return surrogate.log_improvement(pool.features)
 
-    def _log_chance(self, pricing: Pricing, pool: _Pool) -> Floats:
-        """The logarithm of the probability that a candidate is within the budget."""
+    def _room(self, pricing: Pricing, pool: _Pool) -> Floats:
+        """By how many standard deviations a candidate is expected to be below the budget."""
         means, deviation = pricing.ratios(pool.features)
-        chance = np.zeros(len(pool.features))
+        room = np.full(len(pool.features), np.inf)
         for metric, limit in self._budget.limits.items():
             cost = np.log(np.maximum(pool.costs[:, ADDITIVE.index(BASE[metric])], 1e-12)) + means[metric]
-            chance += log_ndtr((np.log(limit) - cost) / deviation)
-        return chance
+            room = np.minimum(room, (np.log(limit) - cost) / deviation)
+        return np.asarray(room)

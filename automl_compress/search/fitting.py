@@ -98,8 +98,7 @@ class Fitting:
         nearest: tuple[float, Plan] | None = None
         for width in self._widths:
             decoder = self._exact.setdefault(width, Decoder(self._space, self._graph, self._table, width=width))
-            limits = {BASE[m]: limit * _LOOSE for m, limit in self._budget.limits.items()}
-            for plan in self._in_order(decoder, limits, excluded):
+            for plan in self._in_order(decoder, excluded):
                 worst = max(self._budget.constraints(self._predict(plan)).values())
                 if worst <= 0 and self._space.plan_key(plan) not in tried:
                     return plan
@@ -107,17 +106,25 @@ class Fitting:
                     nearest = (worst, plan)
         return nearest[1] if nearest else None
 
-    def _in_order(self, decoder: Decoder, limits: Mapping[str, float], excluded: list[Plan]) -> Iterator[Plan]:
-        """Plans by the table's loss, exactly, for as long as the solver finds some."""
-        for _ in range(_LAST):
+    def _in_order(self, decoder: Decoder, excluded: list[Plan]) -> Iterator[Plan]:
+        """Plans by the table's loss, exactly: first for limits that are moved by what was predicted, then, as long as
+        there are some, for limits that leave out nothing that could fit."""
+        limits = {BASE[m]: limit for m, limit in self._budget.limits.items()}
+        loose = {metric: limit * _LOOSE for metric, limit in limits.items()}
+        for attempt in range(_LAST):
             try:
                 found = decoder.solve(self._table.quality, limits, exclude=excluded, gap=1e-3)
             except NoPlanInTime:
                 return
-            if found is None:
+            if found is None and limits is loose:
                 return
+            if found is None:
+                limits = loose
+                continue
             excluded.append(found.plan)
             yield found.plan
+            moved = _moved(limits, found, self._budget.constraints(self._predict(found.plan)))
+            limits = loose if limits is loose or attempt >= _ROUNDS else moved
 
 
 def _moved(limits: Mapping[str, float], found: Solution, excess: Mapping[str, float]) -> dict[str, float]:

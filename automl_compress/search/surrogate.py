@@ -1,12 +1,12 @@
 """What finished trials say about plans that weren't tried: a Gaussian process around the additive table.
 
-The loss of a plan is modelled as a scale times the table's sum for it, plus corrections of single options (a linear
+The loss of a plan is modelled as a multiple of the table's sum for it, plus corrections of single options (a linear
 kernel; an option may be the more wrong, the more it is said to lose), plus what options do together (a squared
-exponential kernel over what each decision is said to lose, so that plans are near each other when they lose the same in
-the same places). How much of each there is, and how much noise, is chosen by marginal likelihood on a small grid.
+exponential kernel over what each decision is said to lose, so that plans are near each other when they lose alike in
+the same places). How much of each there is, how far plans are near each other, and how much is noise, is chosen by
+marginal likelihood on a small grid.
 
-Losses are modelled on a logarithmic scale where that fits better: models that are broken differ by how they are broken,
-and none of that matters.
+Large losses are modelled by their logarithms: broken models differ in how they are broken, and none of that matters.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from functools import cached_property
 from itertools import product
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.linalg import cho_solve, solve_triangular
 from scipy.special import ndtr
 
 from automl_compress.search.states import Bools, Floats
 
-_SHARES = tuple(product((0.1, 0.4, 1.0), (0.03, 0.2, 0.6), (0.01, 0.06, 0.25)))
-"""Grid of variances of single corrections, of joint ones and of noise, in units of what the table doesn't explain."""
+_SINGLE, _JOINT, _NOISE, _REACH = (0.3, 1.0, 3.0), (0.1, 0.3, 1.0), (0.003, 0.02, 0.1), (0.5, 2.0)
+_GRID = tuple(product(_SINGLE, _JOINT, _NOISE, _REACH))
+"""Variances of single corrections, of joint ones and of noise, in units of that of the losses; and how far plans are
+near, in units of the median squared distance."""
+_BOLDNESS = (
+    0.3  # of the deviation, what counts as a chance: among thousands of plans, unlikely ones look good by chance
+)
+_COMMON = 1.0  # the variance of the multiple of the table, and of what all plans have in common
 _FLOOR = 0.1  # of the mean loss of an option: what an option may lose though the table says that it loses nothing
 _MOST = 240  # trials that are learned from: the best ones
-_JUDGING = 100  # trials by which the grid is judged
+_JUDGING = 64  # trials by which the grid is judged
 
 
 @dataclass(frozen=True)
@@ -46,41 +52,46 @@ class Surrogate:
 
     def __init__(self, options: Options, features: Floats, losses: Floats) -> None:
         order = np.argsort(losses, kind="stable")[:_MOST]
-        self._options = options
         self._rows = features[order]
-        self._unit = _unit(losses)
+        self._least, self._unit = float(losses.min()), _unit(losses)
         wanted = self.transform(losses[order])
-        # Losses by the table, in the model's units: near the best plans, where it counts.
+        self.best = float(wanted[0])
         known = self._rows @ options.losses
-        self._slope, self._offset = _line(known, wanted)
-        self.prior: Floats = self._slope * options.losses
-        own = self.prior[options.losses > 0]
-        floor = _FLOOR * float(own.mean()) if len(own) else _FLOOR
-        self._spread = np.where(options.neutral, 0.0, self.prior + floor)
+        self._multiple = max(float(known @ wanted) / max(float(known @ known), 1e-12), 1e-12)
+        self._prior = self._multiple * options.losses
+        own = self._prior[options.losses > 0]
+        self._spread = np.where(options.neutral, 0.0, self._prior + _FLOOR * (float(own.mean()) if len(own) else 1.0))
         self._starts = np.flatnonzero(np.diff(options.decision, prepend=-1.0))
-        self._place = np.sqrt(np.maximum(self.prior, 0.0))
+        self._place = np.sqrt(np.maximum(self._prior, 0.0))
         self._points = self._embed(self._rows)
-        self._fit(wanted - self._offset - self._slope * known)
-        self.best = float(wanted.min())
+        self._fit(wanted, self._multiple * known)
 
     def transform(self, losses: Floats) -> Floats:
-        """Losses in the units of predictions."""
-        return np.asarray(np.log1p(np.maximum(losses, -0.5 * self._unit) / self._unit))
+        """Losses in the units of predictions: 0 for the best trial."""
+        return np.asarray(np.log1p(np.maximum(losses - self._least, -0.5 * self._unit) / self._unit))
 
     def predict(self, features: Floats) -> tuple[Floats, Floats]:
         """Mean and standard deviation of each row, without noise."""
-        cross = self._kernel(features, self._rows, self._embed(features), self._points)
-        mean = self._offset + features @ self.prior + cross @ self._weights
+        known = features @ self._prior
+        far = _squared_distances(self._embed(features), self._points) / self._length
+        cross = self._kernel(self._linear(features, self._rows), np.exp(-0.5 * far), np.outer(known, self._known))
+        mean = known + self._centre + cross @ self._weights
         half = solve_triangular(self._factor[0], cross.T, lower=True, check_finite=False)
-        variance = self._diagonal(features) - (half**2).sum(axis=0)
+        own = ((features * self._spread) ** 2).sum(axis=1)
+        variance = self._kernel(own, np.ones(len(own)), known**2) - (half**2).sum(axis=0)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
-    def improvement(self, features: Floats) -> Floats:
-        """Expected improvement over the best plan so far (Jones et al., 1998)."""
+    def log_improvement(self, features: Floats) -> Floats:
+        """The logarithm of the expected improvement over the best plan so far (Jones et al., 1998), also where that is
+        tiny, for deviations that are smaller by `_BOLDNESS`."""
         mean, deviation = self.predict(features)
+        deviation = deviation * _BOLDNESS
         gain = (self.best - mean) / deviation
         density = np.exp(-0.5 * gain**2) / np.sqrt(2 * np.pi)
-        return np.asarray(deviation * (gain * ndtr(gain) + density))
+        direct = np.log(np.maximum(gain * ndtr(gain) + density, 1e-300))
+        # Far below, gain and density cancel; their difference is then about density / gain².
+        tail = -0.5 * gain**2 - 0.5 * np.log(2 * np.pi) - 2.0 * np.log(np.maximum(-gain, 1.0))
+        return np.asarray(np.log(deviation) + np.where(gain > -6.0, direct, tail))
 
     def drawn(self, rng: np.random.Generator, count: int) -> Floats:
         """Losses of all options, drawn from what is still possible after the trials: rows of Thompson samples.
@@ -88,56 +99,63 @@ class Surrogate:
         Drawn from the prior and corrected by the difference at the trials (Matheron's rule; Wilson et al., 2020).
         """
         single, joint, noise = self._shares
-        scale = np.sqrt(single / self._mean_single)
-        weights = rng.normal(size=(count, len(self._spread))) * scale
+        weights = rng.normal(size=(count, len(self._spread))) * np.sqrt(single / self._mean_single)
+        multiple = rng.normal(size=(count, 1)) * np.sqrt(self._common / self._mean_known)
         other = rng.normal(size=(count, len(self._rows))) @ self._joint_root.T * np.sqrt(joint)
-        other += rng.normal(size=other.shape) * np.sqrt(noise)
-        missing = self._residual - (weights * self._spread) @ self._rows.T - other
+        other += rng.normal(size=other.shape) * np.sqrt(noise) + rng.normal(size=(count, 1)) * np.sqrt(self._common)
+        missing = self._residual - (weights * self._spread) @ self._rows.T - multiple * self._known - other
         missing = cho_solve(self._factor, missing.T, check_finite=False).T
-        weights = weights + single / self._mean_single * (missing @ self._rows) * self._spread
-        return np.asarray(np.maximum(self.prior + weights * self._spread, 0.0))
+        return self._corrected(weights, multiple, missing)
 
     @cached_property
     def learned(self) -> Floats:
         """The most likely losses of all options."""
+        likely: Floats = self._corrected(np.zeros((1, len(self._spread))), np.zeros((1, 1)), self._weights[None])[0]
+        return likely
+
+    def _corrected(self, weights: Floats, multiple: Floats, missing: Floats) -> Floats:
         single, _, _ = self._shares
-        weights = single / self._mean_single * (self._weights @ self._rows) * self._spread
-        return np.asarray(np.maximum(self.prior + weights * self._spread, 0.0))
+        weights = weights + single / self._mean_single * (missing @ self._rows) * self._spread
+        multiple = multiple + self._common / self._mean_known * (missing @ self._known)[:, None]
+        # The table's order is never turned round as a whole.
+        scaled = np.maximum(1.0 + multiple, 0.1) * self._prior
+        return np.asarray(np.maximum(scaled + weights * self._spread, 0.0))
 
-    def _fit(self, residual: Floats) -> None:
-        variance = max(float(residual @ residual) / len(residual), 1e-9)
-        self._residual = residual
+    def _fit(self, wanted: Floats, known: Floats) -> None:
+        self._known, self._centre = known, float((wanted - known).mean())
+        self._residual = wanted - known - self._centre
+        variance = max(float(np.var(wanted)), 1e-9)
+        self._common = _COMMON * variance
+        self._mean_known = max(float(known @ known) / len(known), 1e-12)
         self._mean_single = max(float(((self._rows * self._spread) ** 2).sum(axis=1).mean()), 1e-12)
+        linear, both = self._linear(self._rows, self._rows), np.outer(known, known)
         far = _squared_distances(self._points, self._points)
-        self._length = max(float(np.median(far[np.triu_indices(len(far), 1)])), 1e-9) if len(far) > 1 else 1.0
-        linear = self._linear(self._rows, self._rows) / self._mean_single
-        near = np.exp(-0.5 * far / self._length)
-        some = slice(0, _JUDGING)
-        identity = np.eye(len(residual))
+        median = max(float(np.median(far[np.triu_indices(len(far), 1)])), 1e-9) if len(far) > 1 else 1.0
+        # The best trials, and the others as far as they go: both ends of what is to be told apart.
+        some = np.unique(np.linspace(0, len(wanted) - 1, min(_JUDGING, len(wanted))).round().astype(int))
+        square = np.ix_(some, some)
+        near = {reach: np.exp(-0.5 * far / (reach * median)) for reach in _REACH}
 
-        def evidence(shares: tuple[float, float, float]) -> float:
-            single, joint, noise = (variance * share for share in shares)
-            kernel = (single * linear + joint * near + noise * identity)[some, some]
-            factor = cho_factor(kernel, lower=True, check_finite=False)
-            part = residual[some]
-            fit = part @ cho_solve(factor, part, check_finite=False)
-            return float(-0.5 * fit - np.log(np.diag(factor[0])).sum())
+        def factor(choice: tuple[float, float, float, float], part: tuple[Floats, ...], others: Floats) -> Floats:
+            self._shares = (variance * choice[0], variance * choice[1], variance * choice[2])
+            kernel = self._kernel(part[0], others, part[1]) + self._shares[2] * np.eye(len(others))
+            return np.asarray(np.linalg.cholesky(kernel))
 
-        best = max(_SHARES, key=evidence)
-        self._shares = tuple(variance * share for share in best)
-        single, joint, noise = self._shares
-        self._factor = cho_factor(single * linear + joint * near + noise * identity, lower=True, check_finite=False)
-        self._weights = cho_solve(self._factor, residual, check_finite=False)
-        self._joint_root = np.linalg.cholesky(near + 1e-6 * identity)
+        def evidence(choice: tuple[float, float, float, float]) -> float:
+            root = factor(choice, (linear[square], both[square]), near[choice[3]][square])
+            half = solve_triangular(root, self._residual[some], lower=True, check_finite=False)
+            return float(-0.5 * half @ half - np.log(np.diag(root)).sum())
 
-    def _kernel(self, one: Floats, other: Floats, at: Floats, where: Floats) -> Floats:
+        best = max(_GRID, key=evidence)
+        self._length = best[3] * median
+        self._factor = (factor(best, (linear, both), near[best[3]]), True)
+        self._weights = cho_solve(self._factor, self._residual, check_finite=False)
+        self._joint_root = np.linalg.cholesky(near[best[3]] + 1e-6 * np.eye(len(wanted)))
+
+    def _kernel(self, linear: Floats, near: Floats, both: Floats) -> Floats:
         single, joint, _ = self._shares
-        near = np.exp(-0.5 * _squared_distances(at, where) / self._length)
-        return np.asarray(single / self._mean_single * self._linear(one, other) + joint * near)
-
-    def _diagonal(self, features: Floats) -> Floats:
-        single, joint, _ = self._shares
-        return np.asarray(single / self._mean_single * ((features * self._spread) ** 2).sum(axis=1) + joint)
+        common = self._common * (1.0 + both / self._mean_known)
+        return np.asarray(single / self._mean_single * linear + joint * near + common)
 
     def _linear(self, one: Floats, other: Floats) -> Floats:
         return np.asarray((one * self._spread**2) @ other.T)
@@ -148,22 +166,8 @@ class Surrogate:
 
 def _unit(losses: Floats) -> float:
     """What counts as a large loss: beyond it, only its logarithm counts."""
-    positive = losses[losses > 0]
-    return max(float(np.quantile(positive, 0.25)) if len(positive) else 1.0, 1e-9)
-
-
-def _line(known: Floats, wanted: Floats) -> tuple[float, float]:
-    """(slope, offset) of the best half of the trials, which come first; the slope is never negative."""
-    half = max(2, (len(known) + 1) // 2)
-    x, y = known[:half], wanted[:half]
-    centred = x - x.mean()
-    spread = float(centred @ centred)
-    through_origin = float(x @ y) / max(float(x @ x), 1e-12)
-    # Few trials, or all alike, say little about the slope: the line through the origin counts like one of spread.
-    weight = float(x.mean() ** 2) + 1e-12
-    slope = (float(centred @ (y - y.mean())) + weight * through_origin) / (spread + weight)
-    slope = max(slope, 0.1 * abs(through_origin), 1e-12)
-    return slope, float(y.mean() - slope * x.mean())
+    above = losses - losses.min()
+    return max(float(np.median(above[above > 0])) if (above > 0).any() else 1.0, 1e-9)
 
 
 def _squared_distances(one: Floats, other: Floats) -> Floats:
