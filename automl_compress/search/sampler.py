@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -26,10 +26,9 @@ from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import Option
 from automl_compress.search.trials import trial_plan
 
-__all__ = ["ON_INFEASIBLE", "SAMPLERS", "BudgetSampler", "OnInfeasible", "check_sampler", "make_sampler", "trial_plan"]
+__all__ = ["SAMPLERS", "BudgetSampler", "make_sampler", "trial_plan"]
 
-OnInfeasible = Literal["penalise", "project"]
-ON_INFEASIBLE: tuple[str, ...] = get_args(OnInfeasible)
+_PROJECTED = ":project"
 _OPTUNA: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
@@ -37,17 +36,7 @@ _OPTUNA: dict[str, Callable[[int], BaseSampler]] = {
     "cmaes": lambda seed: OrdinalSampler(lambda: optuna.samplers.CmaEsSampler(seed=seed)),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
-SAMPLERS = ("budget", *_OPTUNA)
-
-
-def check_sampler(name: str, on_infeasible: str = "penalise") -> None:
-    """InputError for a sampler that isn't there, or what isn't a way to treat plans over the budget."""
-    if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
-    if on_infeasible not in ON_INFEASIBLE:
-        raise InputError(f"--on-infeasible {on_infeasible!r}: use one of {', '.join(ON_INFEASIBLE)}")
-    if name == "cmaes" and find_spec("cmaes") is None:
-        raise InputError("sampler 'cmaes' needs a package that isn't installed: pip install cmaes")
+SAMPLERS = ("budget", *_OPTUNA, *(f"{name}{_PROJECTED}" for name in _OPTUNA))
 
 
 def make_sampler(
@@ -58,18 +47,18 @@ def make_sampler(
     limits: Budget | Mapping[str, float],
     predict: Predict,
     seed: int,
-    on_infeasible: str = "penalise",
 ) -> BaseSampler:
-    """A sampler by its name: 'budget' (ours), 'tpe', 'gp', 'nsga2', 'cmaes' or 'random' (Optuna's). InputError for any
-    other.
-
-    on_infeasible  what becomes of plans of Optuna's samplers that are over the budget: 'penalise' or 'project'
-    """
-    check_sampler(name, on_infeasible)
+    """A sampler by its name: 'budget' (ours), 'tpe', 'gp', 'nsga2', 'cmaes' or 'random' (Optuna's, penalised), or one
+    of these with ':project' behind it. InputError for any other, and for 'cmaes' without the package of that name."""
+    if name not in SAMPLERS:
+        raise InputError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
     if name == "budget":
         return BudgetSampler(space=space, decoder=decoder, limits=limits, predict=predict, seed=seed)
-    sampler = _OPTUNA[name](seed)
-    if on_infeasible == "penalise":
+    plain = name.removesuffix(_PROJECTED)
+    if plain == "cmaes" and find_spec("cmaes") is None:
+        raise InputError("sampler 'cmaes' needs a package that isn't installed: pip install cmaes")
+    sampler = _OPTUNA[plain](seed)
+    if plain == name:
         return sampler
     budget = limits if isinstance(limits, Budget) else Budget(limits=dict(limits))
     return ProjectedSampler(sampler, space, Fitting(space, decoder, budget, predict))

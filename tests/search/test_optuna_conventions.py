@@ -39,7 +39,6 @@ def _made(name: str) -> BaseSampler:
         limits=budget,
         predict=_predict,
         seed=0,
-        on_infeasible="project",
     )
 
 
@@ -52,7 +51,7 @@ class TestBudgetSampler(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnl
 class TestProjectedSampler(BasicSamplerTestCase, RelativeSamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: _made("random")
+        return lambda: _made("random:project")
 
 
 class TestOrdinalSampler(BasicSamplerTestCase, SingleOnlySamplerTestCase):

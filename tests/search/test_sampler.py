@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -9,13 +10,16 @@ import pytest
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
-from automl_compress.errors import InputError
+from automl_compress.errors import InputError, TrainingError
 from automl_compress.search.decode import Decoder, additive_loss
-from automl_compress.search.sampler import BudgetSampler, make_sampler
-from automl_compress.search.space import SearchSpace
+from automl_compress.search.fitting import Fitting
+from automl_compress.search.pricing import random_plan
+from automl_compress.search.rules import SpaceFile
+from automl_compress.search.sampler import BudgetSampler, OrdinalSampler, make_sampler
+from automl_compress.search.space import SearchSpace, resolve
 from automl_compress.search.study import Objective, best_feasible, run_trials, seed_plans
 from automl_compress.search.table import AdditiveTable
-from tests.search.networks import additive_cost, residual, space_of, table_for
+from tests.search.networks import NATIVE, additive_cost, residual, space_of, table_for
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -133,6 +137,91 @@ def test_seeds_come_first_and_are_learned_from() -> None:
     assert bench.space.plan(study.trials[1].params).key == halved.key
 
 
+def test_failed_trials_are_learned_from_and_never_proposed_again() -> None:
+    bench = Bench()
+    whole = bench.objective()
+
+    def fragile(plan: Plan) -> float:
+        if "b1" in plan.drop:
+            raise TrainingError("the metric is not a number: training diverged")
+        return bench.metric(plan)
+
+    study = optuna.create_study(direction="maximize", sampler=bench.sampler())
+    run_trials(study, replace(whole, evaluate=fragile), 40, failure_share=0.9)
+    failed = [t for t in study.trials if t.state == optuna.trial.TrialState.FAIL]
+    keys = [bench.space.plan_key(bench.space.plan(t.params)) for t in study.trials]
+    assert len(set(keys)) == len(keys)
+    assert failed
+    early = sum(t.number < 20 for t in failed)
+    assert len(failed) - early < early
+
+
+def test_a_study_without_sparsity_searches_over_student_widths() -> None:
+    bench = Bench(share=0.6, metrics="latency")
+    rules = [{"match": {"kind": "layer"}, "bits": [8, 32]}]
+    file = SpaceFile.model_validate({"name": "widths", "width": [1.0, 0.75, 0.5], "rules": rules})
+    bench.space = resolve(file, bench.graph, NATIVE)
+    bench.table = table_for(bench.space, bench.graph, 2)
+    bench.truth = dict(bench.table.quality)
+    study = bench.run(15, bench.sampler())
+    assert all(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
+    assert len({t.params["width"] for t in study.trials}) > 1
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
+def test_projected_plans_meet_the_budget(name: str) -> None:
+    bench = Bench()
+    decoder = Decoder(bench.space, bench.graph, bench.table)
+    sampler = make_sampler(
+        f"{name}:project", space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0
+    )
+    study = bench.run(14, sampler)
+    assert all(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
+
+
+def test_the_nearest_plan_within_the_budget_keeps_what_it_can() -> None:
+    bench = Bench(metrics="latency")
+    fitting = Fitting(bench.space, Decoder(bench.space, bench.graph, bench.table), bench.budget, bench.predict)
+    rng = np.random.default_rng(0)
+    kept, drawn = [], []
+    for _ in range(6):
+        plan = random_plan(bench.space, rng, drop_share=0.2)
+        other = random_plan(bench.space, rng, drop_share=0.2)
+        near = fitting.nearest(plan)
+        assert bench.budget.met(bench.predict(near))
+        assert fitting.nearest(near) == near
+        params = bench.space.params(plan)
+        kept.append(sum(bench.space.params(near)[name] == value for name, value in params.items()))
+        drawn.append(sum(bench.space.params(other)[name] == value for name, value in params.items()))
+    assert sum(kept) > 1.3 * sum(drawn)
+
+
+def test_numbers_stand_for_options_where_a_sampler_knows_numbers_only() -> None:
+    bench = Bench()
+    seen: list[int] = []
+
+    class Middle(optuna.samplers.RandomSampler):
+        """Proposes 0.6 for everything, and counts what it was told of."""
+
+        def sample_independent(self, study: object, trial: object, name: str, distribution: object) -> float:
+            seen.append(len(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))))  # type: ignore[attr-defined]
+            return 0.6
+
+    study = bench.run(4, OrdinalSampler(Middle))
+    for trial in study.trials[1:]:
+        assert all(trial.params[d.name] == d.options[int(0.6 * len(d.options))] for d in bench.space.decisions)
+    assert max(seen) >= 1
+
+
+@pytest.mark.parametrize("name", ["cmaes", "cmaes:project"])
+def test_evolution_of_numbers(name: str) -> None:
+    pytest.importorskip("cmaes", reason="the package cmaes is not installed")
+    bench = Bench()
+    decoder = Decoder(bench.space, bench.graph, bench.table)
+    sampler = make_sampler(name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)
+    assert len(bench.run(12, sampler).trials) == 12
+
+
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
 def test_samplers_of_optuna_run_with_the_same_constraints(name: str) -> None:
     bench = Bench()
@@ -142,8 +231,9 @@ def test_samplers_of_optuna_run_with_the_same_constraints(name: str) -> None:
     assert all(list(t.constraints) == ["latency", "size"] for t in study.trials)
 
 
-@pytest.mark.parametrize(("name", "message"), [("cmaes", "can't choose among options"), ("best", "use one of budget")])
-def test_an_unknown_sampler_is_an_error(name: str, message: str) -> None:
+@pytest.mark.parametrize(("name", "message"), [("cmaes", "pip install cmaes"), ("best", "use one of budget")])
+def test_an_unknown_sampler_is_an_error(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("automl_compress.search.sampler.find_spec", lambda _: None)
     bench = Bench()
     decoder = Decoder(bench.space, bench.graph, bench.table)
     with pytest.raises(InputError, match=message):
