@@ -80,6 +80,7 @@ class Result:
     nearest    infeasible only: metric -> the lowest figure that is reachable
     binding    infeasible only: the layers that take most of the cheapest plan's cost
     trials     state -> how many trials ended so
+    training   what was trained for the delivered model: curves and figures of each training, in order
     """
 
     status: Status
@@ -94,6 +95,7 @@ class Result:
     layers: tuple[Mapping[str, Any], ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    training: tuple[Mapping[str, Any], ...] = ()
     goal: Mapping[str, Any] = field(default_factory=dict)
     front: Mapping[str, Figures] = field(default_factory=dict)
     folder: Path | None = None
@@ -116,6 +118,7 @@ class Result:
             "layers": [dict(layer) for layer in self.layers],
             "seconds": dict(self.seconds),
             "notes": list(self.notes),
+            "training": [dict(log) for log in self.training],
         }
 
     @classmethod
@@ -125,5 +128,5 @@ class Result:
         models = {name: Figures.from_json(value) for name, value in fields["baselines"].items()}
         front = {name: Figures.from_json(value) for name, value in fields.get("front", {}).items()}
         ends = {name: Figures.from_json(fields[name]) if fields[name] else None for name in ("original", "delivered")}
-        lists = {name: tuple(fields[name]) for name in ("binding", "layers", "notes")}
+        lists = {name: tuple(fields.get(name, ())) for name in ("binding", "layers", "notes", "training")}
         return cls(**{**fields, **ends, **lists, "baselines": models, "front": front, "folder": folder})

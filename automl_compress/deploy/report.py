@@ -15,8 +15,8 @@ from automl_compress.core.budget import format_bytes, format_metric, format_us
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Result
 from automl_compress.deploy.summary import Verdict, estimated, goal_lines, headline, models, verdicts
+from automl_compress.deploy.training import MISSING, training_chart, training_rows
 
-MISSING = "-"
 MARKS = {
     "complete": {"color": "#2563eb", "symbol": "circle", "size": 8},
     "pruned": {"color": "#93a4b8", "symbol": "circle-open", "size": 7},
@@ -106,6 +106,8 @@ def render(
         tested=any(figures.get("test_metric") is not None for _, figures in models(data)),
         trials=[(state, count) for state, count in result.trials.items() if count],
         chart=scatter(result, study_rows) if study_rows else None,
+        training=training_rows(result.training),
+        curves=training_chart(result.training),
         unplaced=sum(1 for row in study_rows if row.get("predicted_latency_us") is None),
         device=_facts(result.device),
         seconds=[(name.replace("_", " "), f"{value:.1f} s") for name, value in result.seconds.items()],

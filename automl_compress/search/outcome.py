@@ -37,6 +37,7 @@ def delivered(campaign: Campaign, settings: Settings, best: Candidate, verified:
         layers=verified.layers,
         notes=(*notes, *(f"the time limit left {cut}" for cut in settings.clock.cuts), *notes_of(campaign)),
         seconds={"total": settings.clock.now() - settings.clock.begun, "distillation": best.seconds},
+        training=best.training,
     )
 
 
