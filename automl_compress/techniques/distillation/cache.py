@@ -68,10 +68,11 @@ class AnswerCache:
     def words(self) -> str:
         return f"{self.hit_rate:.0%} of the teacher's {self.asked} answers were known ({self.bytes / 1e6:.0f} MB)"
 
-    def answers(self, context: str, inputs: Inputs, ask: Callable[[Inputs], Tensors]) -> Tensors:
+    def answers(self, context: str, inputs: Inputs, ask: Callable[[Inputs], Tensors], *, unique: int = 0) -> Tensors:
         """What `ask(inputs)` returns, from memory for samples that are known.
 
         context  what answers depend on besides a sample's bytes
+        unique   how many of the last samples are never asked about again: they are not looked up, and not kept
 
         Only unknown samples are asked about. Answers that don't have a row a sample are never kept.
         """
@@ -80,34 +81,37 @@ class AnswerCache:
         self.asked += count
         if not shelf.active or self.limit_bytes <= 0:
             return ask(inputs)
-        keys = digests(inputs)
+        keys = digests(tuple(part[: count - unique] for part in inputs))
         unknown = [index for index, key in enumerate(keys) if key not in shelf.rows]
+        new_keys = [keys[index] for index in unknown]
+        unknown += range(len(keys), count)
         self.hits += count - len(unknown)
         shelf.asked, shelf.hits = shelf.asked + count, shelf.hits + count - len(unknown)
         if not unknown:
             return _stacked(shelf, keys, inputs[0].device)
         if len(unknown) == count:
             answers = ask(inputs)
-            self._keep(shelf, keys, answers)
+            self._keep(shelf, new_keys, answers, count)
         else:
             index = torch.tensor(unknown, device=inputs[0].device)
             fresh = ask(tuple(part.index_select(0, index) for part in inputs))
             answers = _merged(shelf, keys, unknown, fresh, inputs[0].device)
-            self._keep(shelf, [keys[i] for i in unknown], fresh)
+            self._keep(shelf, new_keys, fresh, len(unknown))
         self._consider(shelf)
         return answers
 
-    def _keep(self, shelf: _Shelf, keys: Sequence[bytes], answers: Tensors) -> None:
-        if not all(value.ndim and len(value) == len(keys) for value in answers.values()):
+    def _keep(self, shelf: _Shelf, keys: Sequence[bytes], answers: Tensors, asked: int) -> None:
+        """The first rows of answers to `asked` samples, a key each."""
+        if not keys or not all(value.ndim and len(value) == asked for value in answers.values()):
             return
         size = sum(value[0].numel() * value.element_size() for value in answers.values()) + _OVERHEAD_BYTES
-        room = (self.limit_bytes - self.bytes) // size
+        room = min((self.limit_bytes - self.bytes) // size, len(keys))
         if room <= 0:
             return
         shelf.names = tuple(answers)
         # All rows share the memory of one tensor, so one that isn't kept must not be in it.
         columns = [value[:room].detach().cpu() for value in answers.values()]
-        if room < len(keys):
+        if room < asked:
             columns = [column.clone() for column in columns]
         for key, *row in zip(keys, *(column.unbind() for column in columns), strict=False):
             self.bytes += 0 if key in shelf.rows else size

@@ -84,7 +84,7 @@ class Distillation:
         if self.losses.mixed and self.losses.labels and student.training and mixable(self.task, inputs):
             inputs, whole = mixed(inputs, self.losses.mixed)
         # The teacher first: what it takes is free again before the student's activations are kept.
-        teacher = self._teacher(inputs) if self.losses.needs_teacher else Answers()
+        teacher = self._teacher(inputs, unique=len(targets) - whole) if self.losses.needs_teacher else Answers()
         with layer_inputs(student, [pair.student for pair in self._pairs]) as features:
             outputs = student(*inputs)
         counted = None if self._padding is None or self._padding >= len(inputs) else inputs[self._padding]

@@ -31,8 +31,9 @@ class Teacher:
     def __init__(self, model: nn.Module, layers: Collection[str] = (), cache: AnswerCache | None = None) -> None:
         self.model, self._layers, self._cache = model.eval(), tuple(layers), cache or AnswerCache(0)
 
-    def __call__(self, inputs: Inputs) -> Answers:
-        answers = self._cache.answers(self._context(inputs), inputs, self._ask)
+    def __call__(self, inputs: Inputs, *, unique: int = 0) -> Answers:
+        """The last `unique` samples will never be asked about again."""
+        answers = self._cache.answers(self._context(inputs), inputs, self._ask, unique=unique)
         outputs, features = (
             {name.removeprefix(kind): value for name, value in answers.items() if name.startswith(kind)}
             for kind in (_OUTPUT, _FEATURE)

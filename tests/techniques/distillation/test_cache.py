@@ -55,6 +55,20 @@ def test_known_samples_get_the_same_answer_in_any_order_and_mixture() -> None:
     assert cache.words.startswith("67% of the teacher's 72 answers")
 
 
+def test_unique_samples_are_asked_about_every_time_and_take_no_memory() -> None:
+    model, cache = Counting(), AnswerCache()
+    teacher, wanted = Teacher(model, ["net.down"], cache), Teacher(Counting(), ["net.down"])((X,))
+    teacher((X,), unique=8)
+    size = cache.bytes
+    known = teacher((X,), unique=8)
+    torch.testing.assert_close(known.outputs["output"], wanted.outputs["output"])
+    torch.testing.assert_close(known.features["net.down"], wanted.features["net.down"])
+    assert (model.samples, cache.hits, cache.bytes) == (24 + 8, 16, size)
+    teacher((X,))
+    assert (model.samples, cache.hits) == (24 + 8 + 8, 16 + 16)
+    assert cache.bytes == pytest.approx(1.5 * size)
+
+
 def test_digests_know_bytes_types_and_shapes_but_not_memory_formats() -> None:
     assert digests((X,)) == digests((X.to(memory_format=torch.channels_last),))
     assert len(set(digests((X,)))) == len(X)
