@@ -41,6 +41,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, help="of part a, after which no further search is begun")
     options.add_argument("--seeds", type=int, help="of part a (default 5; 1 with --quick)")
     options.add_argument("--epochs", nargs="*", type=float, default=[3, 10], help="of part c (default: 3 10)")
+    options.add_argument("--routes", nargs="*", default=list(search_delivered.ALL_ROUTES), help="of part c")
     options.add_argument(
         "--steps",
         nargs="*",
@@ -94,6 +95,7 @@ def with_laboratory(
             given.cache,
             shares=shares,
             epochs=[0.5] if given.quick else given.epochs,
+            routes=given.routes,
             seeds=seeds,
             steps=given.steps,
             progress=progress,

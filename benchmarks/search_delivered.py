@@ -11,6 +11,7 @@ model. In the end all models take turns in one run of bursts beside the original
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,17 +33,18 @@ from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.search.timing import rungs
-from automl_compress.techniques.distillation.losses import Losses
+from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.training.settings import Training
 
 OURS = "search"
+ALL_ROUTES = (OURS, *ROUTES, UNTOUCHED)
 STEPS = ("cuts", "finalists", "models", "timing")
 _AIM = 0.985  # of the budget: a model's latency is not the same in two runs
 _TURN = 8
-_FINALISTS, _SHORT = 8, 3
+_FINALISTS, _SHORT = 5, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,9 @@ class Deliveries:
         self._timings = Lines(cache / "timings.jsonl")
         self._cache = cache
         self._routes = cuts(laboratory, cache, progress)
+        # Models that were trained by other defaults aren't compared with these.
+        recipe = f"{Training()} {parse_losses(DEFAULT)!r} {DEFAULT_MODE}"
+        self._recipe = hashlib.sha256(recipe.encode()).hexdigest()[:6]
 
     def measure_cuts(self) -> None:
         """Measure every route's cuts in 8 bits beside the original."""
@@ -88,17 +93,17 @@ class Deliveries:
                 self._ratios.add(name, found[name])
                 self.progress.advance()
 
-    def items(self, shares: Sequence[float], epochs: Sequence[float]) -> list[Item]:
+    def items(self, shares: Sequence[float], epochs: Sequence[float], routes: Sequence[str]) -> list[Item]:
         """What is to be delivered, the search first."""
         found = []
         for length in epochs:
-            for share in shares:
+            for share in shares if OURS in routes else ():
                 plan = self._searched(share)
                 if plan is None:
                     self.progress.note(f"no plan of a search at {share:.0%} is within the budget: run part a first")
                     continue
                 found.append(Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}"))
-            for route in (*ROUTES, UNTOUCHED):
+            for route in [route for route in routes if route != OURS]:
                 found += [self._cut(route, share, length) for share in shares]
         return found
 
@@ -184,15 +189,15 @@ class Deliveries:
             self.progress.advance()
         best = sorted(pool[:_FINALISTS], key=lambda plan: -self._one_shot.known[plan.key])[:_SHORT]
         for plan in best:
-            if f"short {plan.key}" not in self._one_shot.known:
+            if f"short {plan.key} {self._recipe}" not in self._one_shot.known:
                 model, full = self._recovered(OURS, plan, rungs(Training().epochs, 4)[0].epochs)
                 metric = self.laboratory.bench.metric(self.laboratory.bench.export(model, full), "validation")
-                self._one_shot.add(f"short {plan.key}", metric)
-        return max(best, key=lambda plan: float(self._one_shot.known[f"short {plan.key}"]))
+                self._one_shot.add(f"short {plan.key} {self._recipe}", metric)
+        return max(best, key=lambda plan: float(self._one_shot.known[f"short {plan.key} {self._recipe}"]))
 
     def _recovered(self, route: str, plan: Plan, epochs: float) -> tuple[nn.Module, Plan]:
         """Trained as the product does by default, from the repaired model for the search alone."""
-        bench, losses = self.laboratory.bench, Losses()
+        bench, losses = self.laboratory.bench, parse_losses(DEFAULT)
         started, full = bench.student(plan) if route == OURS else (None, plan)
 
         def make(other: Plan, whole: nn.Module) -> nn.Module:
@@ -218,10 +223,10 @@ class Deliveries:
         return done.model, done.plan
 
     def _key(self, item: Item) -> str:
-        return f"{item.name} {item.epochs:g}"
+        return f"{item.name} {item.epochs:g} {self._recipe}"
 
     def _path(self, item: Item) -> Path:
-        return self._folder / f"{item.name}-{item.epochs:g}.onnx"
+        return self._folder / f"{item.name}-{item.epochs:g}-{self._recipe}.onnx"
 
 
 def run(
@@ -230,6 +235,7 @@ def run(
     *,
     shares: Sequence[float],
     epochs: Sequence[float],
+    routes: Sequence[str],
     seeds: int,
     steps: Sequence[str] = STEPS,
     progress: Progress,
@@ -246,7 +252,7 @@ def run(
         deliveries.measure_finalists(shares)
     if not {"models", "timing"} & set(steps):
         return []
-    items = deliveries.items(shares, epochs)
+    items = deliveries.items(shares, epochs, routes)
     if "models" in steps:
         for item in items:
             deliveries.deliver(item)

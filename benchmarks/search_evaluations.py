@@ -2,10 +2,10 @@
 
 Every method gets the same space, budget, cost model and cached evaluations. A trial counts as one evaluation, also
 where its plan is over the budget and therefore never evaluated, as in the product. `tpe`, `nsga2` and `gp` are Optuna's
-samplers out of the box with the budget as a constraint; where `-fitted` is added, each of their plans is first cut
-further at random until it meets the budget, so that all their evaluations count. `random` is random plans, fitted like
-that. `milp` is the exact optimum of the additive table, a single plan. `budget` is the product's sampler with the
-product's seeds, which include that plan.
+samplers out of the box with the budget as a constraint; where `-projected` is added, each of their plans is replaced by
+the nearest one within the budget (the product's `--on-infeasible project`), so that all their evaluations count.
+`random` is random plans, each cut further at random until it meets the budget. `milp` is the exact optimum of the
+additive table, a single plan. `budget` is the product's sampler with the product's seeds, which include that plan.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ from automl_compress.search.study import Objective, ranked, run_trials, seed_pla
 
 OURS = "budget"
 OUR_CODE = (arrays, budget_sampler, lagrange, moves, proposals, quick, surrogate, trials)
-METHODS = (OURS, MILP, "random", "nsga2", "tpe", "nsga2-fitted", "tpe-fitted", "gp")
+METHODS = (OURS, MILP, "random", "nsga2", "tpe", "nsga2-projected", "tpe-projected", "gp")
 SHARES = (0.40, 0.35, 0.30, 0.25)
 COUNTS = (25, 50, 100, 200)
 CHANCE = 0.1
-_FITTED = "-fitted"
+_PROJECTED = "-projected"
 KEPT = 16
 History = list[float | None]
 
@@ -157,32 +157,29 @@ def search(laboratory: Laboratory, method: str, share: float, seed: int, count: 
     if method == "random":
         plans = (random_plan(laboratory.space, rng, drop_share=rng.uniform(0, 0.6)) for _ in range(count))
         return [laboratory.evaluate(fitted(laboratory, share, plan, rng)) for plan in plans], []
-    name = method.removesuffix(_FITTED)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         direction="maximize",
         sampler=make_sampler(
-            name,
+            method.removesuffix(_PROJECTED),
             space=laboratory.space,
             decoder=Decoder(laboratory.space, laboratory.bench.graph, laboratory.table),
             limits=budget,
             predict=laboratory.predict,
             seed=seed,
+            on_infeasible="project" if method.endswith(_PROJECTED) else "penalise",
         ),
     )
-    fit: Callable[[Plan], Plan] = lambda plan: plan  # noqa: E731
-    if method.endswith(_FITTED):
-        fit = _once(lambda plan: fitted(laboratory, share, plan, rng))
     objective = Objective(
         space=laboratory.space,
         budget=budget,
-        predict=lambda plan: laboratory.predict(fit(plan)),
-        evaluate=lambda plan: laboratory.evaluate(fit(plan)),
+        predict=laboratory.predict,
+        evaluate=laboratory.evaluate,
     )
     if method == OURS:
         seed_plans(study, laboratory.space, simple_plans(laboratory.space) | {MILP: milp(laboratory, share)})
     run_trials(study, objective, count, repeats=count)
-    best = [fit(laboratory.space.plan(trial.params)) for trial in ranked(study, KEPT)]
+    best = [laboratory.space.plan(trial.params) for trial in ranked(study, KEPT)]
     return [trial.value for trial in study.trials[:count]], best
 
 
@@ -220,17 +217,6 @@ def fitted(laboratory: Laboratory, share: float, plan: Plan, rng: np.random.Gene
         middle = (few + many) // 2
         few, many = (few, middle) if budget.met(laboratory.predict(after(middle))) else (middle, many)
     return after(many)
-
-
-def _once(function: Callable[[Plan], Plan]) -> Callable[[Plan], Plan]:
-    known: dict[str, Plan] = {}
-
-    def call(plan: Plan) -> Plan:
-        if plan.key not in known:
-            known[plan.key] = function(plan)
-        return known[plan.key]
-
-    return call
 
 
 def _key(laboratory: Laboratory, method: str, share: float, seed: int) -> str:
