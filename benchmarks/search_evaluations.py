@@ -2,8 +2,8 @@
 
 Every method gets the same space, budget, cost model and cached evaluations. A trial counts as one evaluation, also
 where its plan is over the budget and therefore never evaluated, as in the product. `tpe`, `nsga2` and `gp` are Optuna's
-samplers out of the box with the budget as a constraint; where `-projected` is added, each of their plans is replaced by
-the nearest one within the budget (the product's `--on-infeasible project`), so that all their evaluations count.
+samplers out of the box with the budget as a constraint; where `:project` is added, each of their plans is replaced by
+the nearest one within the budget, as the product offers it, so that all their evaluations count.
 `random` is random plans, each cut further at random until it meets the budget. `milp` is the exact optimum of the
 additive table, a single plan. `budget` is the product's sampler with the product's seeds, which include that plan.
 """
@@ -35,11 +35,10 @@ from automl_compress.search.study import Objective, ranked, run_trials, seed_pla
 
 OURS = "budget"
 OUR_CODE = (arrays, budget_sampler, lagrange, moves, proposals, quick, surrogate, trials)
-METHODS = (OURS, MILP, "random", "nsga2", "tpe", "nsga2-projected", "tpe-projected", "gp")
+METHODS = (OURS, MILP, "random", "nsga2", "tpe", "nsga2:project", "tpe:project", "gp")
 SHARES = (0.40, 0.35, 0.30, 0.25)
 COUNTS = (25, 50, 100, 200)
 CHANCE = 0.1
-_PROJECTED = "-projected"
 KEPT = 16
 History = list[float | None]
 
@@ -161,13 +160,12 @@ def search(laboratory: Laboratory, method: str, share: float, seed: int, count: 
     study = optuna.create_study(
         direction="maximize",
         sampler=make_sampler(
-            method.removesuffix(_PROJECTED),
+            method,
             space=laboratory.space,
             decoder=Decoder(laboratory.space, laboratory.bench.graph, laboratory.table),
             limits=budget,
             predict=laboratory.predict,
             seed=seed,
-            on_infeasible="project" if method.endswith(_PROJECTED) else "penalise",
         ),
     )
     objective = Objective(
