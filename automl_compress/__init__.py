@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from automl_compress.api import compress, forecast, profile, replay, work
+    from automl_compress.api import compress, compress_each, forecast, foreseen, profile, rebudget, replay, work
     from automl_compress.core.budget import Budget, Cost
     from automl_compress.core.plan import Plan
     from automl_compress.core.result import Figures, Result
@@ -40,17 +40,20 @@ __all__ = [
     "Task",
     "Transfer",
     "compress",
+    "compress_each",
     "describe_space",
     "forecast",
+    "foreseen",
     "load_profile",
     "profile",
+    "rebudget",
     "recover",
     "replay",
     "work",
 ]
 
 _HOME = {
-    "api": ("compress", "forecast", "profile", "replay", "work"),
+    "api": ("compress", "compress_each", "forecast", "foreseen", "profile", "rebudget", "replay", "work"),
     "core.budget": ("Budget", "Cost"),
     "core.plan": ("Plan",),
     "core.result": ("Figures", "Result"),

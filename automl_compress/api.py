@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,32 +10,28 @@ from typing import Any
 
 import onnx
 
-from automl_compress.core.budget import Limit, parse_budget
-from automl_compress.core.goal import Front, Goal, parse_aim
 from automl_compress.core.result import Result
 from automl_compress.errors import InfeasibleError, InputError, Interrupted, PlanError
 from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
-from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search import outcome
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.directions import best_model
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.forecast import PROFILE, Forecast
+from automl_compress.search.foresight import Foreseen, foresee
 from automl_compress.search.front import front_models
+from automl_compress.search.known import profile_names, read_run, rebudgeted
 from automl_compress.search.ladder import read_plan, rebuild, stored_quantization
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
-from automl_compress.search.settings import Settings, effective_config
+from automl_compress.search.settings import DEFAULT_TRIALS, default_folder, effective_config, make_settings
 from automl_compress.search.standard import standard_models
 from automl_compress.search.study import trial_counts
-from automl_compress.search.timing import Clock
-from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
-
-DEFAULT_TRIALS = 100
-DEFAULT_EPOCHS = 3.0
+from automl_compress.techniques.distillation.losses import DEFAULT
 
 
 def compress(
@@ -61,6 +56,8 @@ def compress(
     recovery: str = DEFAULT_MODE,
     weights: str | Path | None = None,
     storage: str | None = None,
+    max_failed: float = 0.5,
+    reuse: str | Path | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -79,54 +76,54 @@ def compress(
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
     distillation   what candidates learn from the original, names joined by '+', as `distillation.losses` says
     recovery  how they are trained in the end, as `recovery.names` says
-    timeout   seconds after which no further trial is begun; part of it is kept for distillation
+    timeout   seconds for everything; what doesn't fit is cut short, and said
     storage   an Optuna storage to share the study in; `work` joins it
+    max_failed     share of one-shot trials that may fail
+    reuse     an earlier run's folder, of the same model: whatever it knows isn't measured, evaluated or trained again
     output    run folder (default runs/TASK-BUDGET); the same call with the same folder resumes
 
     Returns a Result with status 'met', 'estimated' (a profile whose device isn't here: nothing was measured on it) or
     'infeasible'. Raises CompressError, with one line that says what to do.
     """
-    aim = parse_aim(max_drop, min_metric, front, minimise)
-    limits = parse_budget(latency, size, memory, required=aim is None)
-    parse_losses(distillation)
-    check_mode(recovery)
     progress = progress or SilentProgress()
-    folder = Path(output) if output else _default_folder(task, limits, aim)
-    options = {
-        "task": task if isinstance(task, str) else type(task.model).__name__,
-        **{name: limit.text for name, limit in limits.items()},
-        "max_drop": max_drop,
-        "min_metric": min_metric,
-        "front": front,
-        "minimise": minimise,
-        "profile": profile,
-        "device": device,
-        "space": space,
-        "trials": trials or DEFAULT_TRIALS,
-        "epochs": DEFAULT_EPOCHS if epochs is None else epochs,
-        "timeout": timeout,
-        "seed": seed,
-        "sampler": sampler,
-        "distillation": distillation,
-        "recovery": recovery,
-        "weights": str(weights) if weights else None,
-        "storage": storage,
-    }
-    settings = Settings(
-        from_spec=isinstance(task, str),
-        limits=limits,
-        aim=aim,
-        options=options,
-        clock=Clock(deadline=time.monotonic() + timeout if timeout else None),
+    settings = make_settings(
+        task,
+        latency=latency,
+        size=size,
+        memory=memory,
+        max_drop=max_drop,
+        min_metric=min_metric,
+        front=front,
+        minimise=minimise,
+        profile=profile,
+        device=device,
+        space=space,
+        trials=trials,
+        epochs=epochs,
+        timeout=timeout,
+        seed=seed,
+        sampler=sampler,
+        max_failed=max_failed,
+        distillation=distillation,
+        recovery=recovery,
+        weights=weights,
+        storage=storage,
     )
-    with open_campaign(task, settings, folder, progress) as campaign:
-        known = campaign.folder.read_json("result.json")
-        if known is not None and known["status"] in ("met", "estimated"):
+    folder = Path(output) if output else default_folder(task_name(task), settings)
+    known = read_run(Path(reuse)) if reuse else None
+    lend = known.lend_transferred if known is not None else lambda _: None
+    with open_campaign(task, settings, folder, progress, opened=lend) as campaign:
+        finished = campaign.folder.read_json("result.json")
+        if finished is not None and finished["status"] in ("met", "estimated"):
             progress.note(f"{folder} holds a finished run; delete it to start anew")
-            return Result.from_json(known, folder)
+            return Result.from_json(finished, folder)
         campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
         try:
+            if known is not None:
+                progress.note(known.lend(campaign))
             campaign.learn()
+            if known is not None:
+                progress.note(foresee(campaign).text)
             if settings.front is not None:
                 result = outcome.front(campaign, settings, front_models(campaign, settings))
             else:
@@ -138,6 +135,73 @@ def compress(
             outcome.write(campaign, settings, outcome.interrupted(campaign, settings))
             raise Interrupted(f"interrupted; the same command with -o {folder} goes on where it stopped") from None
         return outcome.write(campaign, settings, result)
+
+
+def rebudget(
+    run: str | Path,
+    task: Task | str | None = None,
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> Result:
+    """Search again for something else, starting from what a run knows: `compress` with `reuse=run` and its options.
+
+    asked  budgets, `max_drop`, `min_metric`, `front`, `minimise`, and `trials`, `epochs`, `timeout`; other options are
+           the run's
+
+    Only what the run doesn't know is measured, evaluated or trained. Raises RunFolderError for another model's run.
+    """
+    task, options = rebudgeted(read_run(Path(run)), task, asked)
+    folder = output or _beside(Path(run), task, options)
+    return compress(task, **options, reuse=run, output=folder, progress=progress)
+
+
+def foreseen(
+    run: str | Path,
+    task: Task | str | None = None,
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> Foreseen:
+    """The first answer of `rebudget` alone, in seconds: the best plan that is known, and what it is predicted to cost.
+
+    Raises InfeasibleError where no plan is predicted to be within the budgets.
+    """
+    progress, known = progress or SilentProgress(), read_run(Path(run))
+    task, options = rebudgeted(known, task, asked)
+    folder = Path(output) if output else _beside(Path(run), task, options)
+    settings = make_settings(task, **options)
+    with open_campaign(task, settings, folder, progress, opened=known.lend_transferred) as campaign:
+        campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
+        progress.note(known.lend(campaign))
+        campaign.learn()
+        return foresee(campaign)
+
+
+def compress_each(
+    task: Task | str,
+    profiles: Sequence[str],
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Result]:
+    """`compress` for each of several device profiles, from one set of sensitivities; name of the profile -> result.
+
+    Each has a run folder of its own below `output`, which gets `devices.json` and a `report.html` over all of them.
+    Evaluated trials and trained models are shared between devices that run bit-widths in the same way.
+    """
+    names = profile_names(profiles)
+    whole = make_settings(task, **options)
+    folder = Path(output) if output else default_folder(task_name(task), whole)
+    results: dict[str, Result] = {}
+    for name, each in names.items():
+        first = next((folder / other for other in results), None)
+        results[name] = compress(task, **options, profile=each, reuse=first, output=folder / name, progress=progress)
+    outcome.write_devices(folder, results)
+    return results
 
 
 def work(
@@ -152,11 +216,10 @@ def work(
 
     Returns how many trials ended in which state while this worker ran. Distillation and delivery are the search's.
     """
-    limits = parse_budget(options.pop("latency", None), options.pop("size", None), options.pop("memory", None))
     progress = progress or SilentProgress()
-    default = _default_folder(task, limits)
+    settings = make_settings(task, storage=storage, **options)
+    default = default_folder(task_name(task), settings)
     folder = Path(output) if output else default.with_name(f"{default.name}-worker-{os.getpid()}")
-    settings = Settings(limits=limits, options={"storage": storage, **options})
     with open_campaign(task, settings, folder, progress) as campaign:
         campaign.learn()
         before = trial_counts(campaign.study())
@@ -237,23 +300,32 @@ def replay(
     run: str | Path,
     task: Task | str,
     *,
+    trial: str | int | None = None,
     output: str | Path | None = None,
     weights: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Build a delivered model again from the original, the run's `plan.json` and its weights; returns the ONNX file.
 
-    Raises PlanError for another model's plan.
+    trial  a one-shot trial instead, by its number, as it was evaluated: repaired and quantized, not trained. Where the
+           run searched at several budgets, 'BUDGET:NUMBER' as in the report
+
+    Raises PlanError for another model's plan, and for a trial that there isn't.
     """
     run = Path(run)
-    loaded = load(task, weights)
+    if trial is not None:
+        known = read_run(run)
+        plan = known.trial(str(trial))
+        bench = known.bench(load(task, weights))
+        target = Path(output) if output else run / f"trial-{str(trial).replace(' ', '-').replace(':', '-')}.onnx"
+        onnx.save(bench.export(*bench.student(plan)), target)
+        return target
     plan_path, weights_path = run / "plan.json", run / "best.safetensors"
     for path in (plan_path, weights_path):
         if not path.is_file():
             raise PlanError(f"{path}: no such file; only a run that delivered a model can be replayed")
-    loaded = read_transferred(run, loaded)
-    graph = trace(loaded.model, loaded.example_inputs)
-    bench = Workbench(loaded, graph)
+    loaded = read_transferred(run, load(task, weights))
+    bench = Workbench(loaded, trace(loaded.model, loaded.example_inputs))
     plan, ranges, bench.executions = read_plan(plan_path, bench)
     target = Path(output) if output else run / "replayed.onnx"
     found = stored_quantization(weights_path, ranges)
@@ -261,10 +333,6 @@ def replay(
     return target
 
 
-def _default_folder(task: Task | str, limits: Mapping[str, Limit], aim: Goal | Front | None = None) -> Path:
-    asked = [f"{metric}{limit.text}" for metric, limit in limits.items()]
-    if isinstance(aim, Front):
-        asked.append(f"front{aim.points}{aim.minimise}")
-    elif aim is not None:
-        asked += [aim.text.strip("-"), *([aim.minimise] if aim.minimise != "latency" else [])]
-    return Path("runs") / "-".join([task_name(task), *(a.replace("%", "pct").replace(" ", "") for a in asked)])
+def _beside(run: Path, task: Task | str, options: Mapping[str, Any]) -> Path:
+    """The folder of another budget's run: next to the run, called after it."""
+    return run.parent / default_folder(run.name, make_settings(task, **options)).name

@@ -22,9 +22,10 @@ from optuna.storages.journal import JournalFileBackend
 
 from automl_compress import api, cli
 from automl_compress.core.result import Result
-from automl_compress.errors import PlanError, RunFolderError
+from automl_compress.errors import InputError, PlanError, RunFolderError
 from automl_compress.hardware.estimated import device_for
 from automl_compress.search import opening
+from automl_compress.search.evaluate import Workbench
 from tests import mortal, tiny
 from tests.search.campaigns import RULES
 from tests.search.device import TimelessRuntime
@@ -72,8 +73,8 @@ def delivered(tmp_path_factory: pytest.TempPathFactory, space: str) -> Result:
 
 def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    (summary,) = optuna.get_all_study_summaries(storage)
-    return optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
+    found = optuna.load_study(study_name="one-shot", storage=storage).get_trials()
+    return [trial for trial in found if "adopted" not in trial.user_attrs]
 
 
 def evaluated(folder: Path) -> list[str]:
@@ -216,6 +217,84 @@ def test_every_trial_says_what_it_decided_and_what_that_was_predicted_to_cost(de
         assert (trial.state.name == "COMPLETE") == all(value <= 0 for value in trial.constraints.values())
     plans = evaluated(delivered.folder)
     assert len(plans) == len(set(plans))
+
+
+def test_another_budget_is_answered_from_what_a_run_knows(
+    delivered: Result, space: str, tmp_path: Path, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sensitivity is measured, no plan evaluated, no model trained that the run has."""
+    assert delivered.folder is not None
+    evaluated_before = evaluated(delivered.folder)
+    options = {"latency": "75%", "size": "75%", "output": tmp_path / "again"}
+    traced, compared = asked["trace"], asked["compare"]
+    foreseen = api.foreseen(delivered.folder, tiny.task(), **options)
+    assert foreseen.one_shot is not None
+    assert foreseen.cost.latency_us <= foreseen.budget["latency"]
+    assert (asked["trace"], asked["compare"]) == (traced, compared), "nothing was measured"
+    assert evaluated(tmp_path / "again") == []
+    repaired: list[str] = []
+    one_shot = Workbench.one_shot
+    monkeypatch.setattr(Workbench, "one_shot", lambda self, plan: repaired.append(plan.key) or one_shot(self, plan))
+    result = api.rebudget(delivered.folder, tiny.task(), trials=2, **options)
+    assert result.status == "met"
+    assert result.delivered is not None
+    assert result.delivered.latency_us <= result.budget["latency"]
+    assert result.trials["reused"] == len(set(evaluated_before))
+    assert not set(evaluated(tmp_path / "again")) & set(evaluated_before)
+    assert len(repaired) <= 2
+    sensitivities = [(folder / "sensitivity.jsonl").read_text() for folder in (delivered.folder, tmp_path / "again")]
+    assert sensitivities[0] == sensitivities[1]
+    with pytest.raises(RunFolderError, match="run of another task"):
+        api.rebudget(delivered.folder, tiny.other(), latency="75%", output=tmp_path / "other")
+    with pytest.raises(InputError, match="rebudget RUN TASK"):
+        api.rebudget(delivered.folder, latency="75%")
+    with pytest.raises(RunFolderError, match="no such run folder"):
+        api.rebudget(tmp_path / "none", tiny.task(), latency="75%")
+
+
+def test_each_device_gets_its_model_from_one_set_of_sensitivities(
+    delivered: Result, space: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profiles = [MICROCONTROLLER, "cortex-a76-2.4ghz"]
+    effort = {"trials": 2, "epochs": 0}
+    results = api.compress_each(tiny.task(), profiles, space=space, latency="70%", output=tmp_path, **effort)
+    assert list(results) == profiles
+    assert {result.status for result in results.values()} == {"estimated"}
+    for name in profiles:
+        assert (tmp_path / name / "best.onnx").is_file()
+        assert results[name].device["profile"] == name
+    first, second = ((tmp_path / name / "sensitivity.jsonl").read_text().splitlines() for name in profiles)
+    assert set(first) & set(second)
+    assert cli.main(["show", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert set(shown["devices"]) == set(profiles)
+    assert all(name in (tmp_path / "report.html").read_text() for name in profiles)
+    with pytest.raises(InputError, match="twice"):
+        api.compress_each(tiny.task(), [MICROCONTROLLER] * 2, latency="70%")
+
+
+def test_every_trials_plan_is_replayed_to_the_metric_that_it_had(delivered: Result, tmp_path: Path) -> None:
+    assert delivered.folder is not None
+    done = [t for t in trials(delivered.folder) if t.state.name == "COMPLETE" and "repeat_of" not in t.user_attrs]
+    for trial in done[-2:]:
+        model = api.replay(delivered.folder, tiny.task(), trial=trial.number, output=tmp_path / f"{trial.number}.onnx")
+        assert accuracy(model, seed=2, count=400) == pytest.approx(trial.value, abs=1e-6)
+    with pytest.raises(PlanError, match="has no trial '1000'; it has: 0 to"):
+        api.replay(delivered.folder, tiny.task(), trial=1000)
+    with pytest.raises(RunFolderError, match="another task"):
+        api.replay(delivered.folder, tiny.other(), trial=0)
+
+
+def test_a_time_limit_that_nothing_fits_into_is_refused_with_one_that_would_do(
+    delivered: Result, space: str, tmp_path: Path
+) -> None:
+    """The first measurement of the original is over by then; what was measured stays."""
+    with pytest.raises(InputError, match=r"--timeout 0s is too short: .*; give .* or more"):
+        api.compress(tiny.task(), space=space, output=tmp_path / "run", timeout=0.001, **BUDGET, **EFFORT)
+    assert (tmp_path / "run" / "original.json").exists()
+    result = api.compress(tiny.task(), space=space, output=tmp_path / "run", timeout=3600, **BUDGET, **EFFORT)
+    assert result.status == "met"
+    assert not [note for note in result.notes if "time limit" in note]
 
 
 def test_a_finished_run_is_not_run_again(delivered: Result, space: str, asked: Counter[str]) -> None:

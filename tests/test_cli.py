@@ -15,9 +15,12 @@ import pytest
 
 from automl_compress.cli import main
 from automl_compress.cli.options import parse_seconds
+from automl_compress.core.budget import Cost
+from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures, Result
 from automl_compress.errors import InfeasibleError, InputError, TaskError, TrainingError
 from automl_compress.progress import Progress, SilentProgress
+from automl_compress.search.foresight import Foreseen
 from automl_compress.search.profiling import Profiled
 
 ORIGINAL = Figures(metric=0.92, latency_us=750.0, size_bytes=1_100_000, memory_bytes=5_200_000)
@@ -60,6 +63,15 @@ class FakeApi:
 
     def replay(self, run: Path, task: str, **options: Any) -> Any:
         return self._answer("replay", run, task, **options)
+
+    def compress_each(self, task: str, profiles: list[str], **options: Any) -> Any:
+        return self._answer("compress_each", task, profiles, **options)
+
+    def rebudget(self, run: Path, task: str | None, **options: Any) -> Any:
+        return self._answer("rebudget", run, task, **options)
+
+    def foreseen(self, run: Path, task: str | None, **options: Any) -> Any:
+        return self._answer("foreseen", run, task, **options)
 
 
 def test_recover_passes_every_option_on_and_tells_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +136,7 @@ def test_search_passes_every_option_on() -> None:
         "recovery": "gradual",
         "weights": Path("w.pt"),
         "storage": "sqlite:///x.db",
+        "max_failed": 0.5,
     }
 
 
@@ -142,6 +155,49 @@ def test_other_directions_need_no_budget(line: str, asked: dict[str, Any]) -> No
     assert asked.items() <= options.items()
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [((MET, MET), 0), ((MET, INFEASIBLE), 3), ((replace(MET, status="estimated"), MET), 4)],
+)
+def test_several_profiles_are_one_search_each(
+    outcomes: tuple[Result, Result], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = FakeApi(dict(zip(("a", "b"), outcomes, strict=True)))
+    assert main([*SEARCH, "--profile", "a", "--profile", "b", "--json"], api=api) == code
+    [(name, args, options)] = api.calls
+    assert (name, args) == ("compress_each", ("task.py", ["a", "b"]))
+    assert "profile" not in options
+    assert set(json.loads(capsys.readouterr().out)["devices"]) == {"a", "b"}
+
+
+def test_rebudget_asks_a_run_for_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    assert (
+        main(["rebudget", "runs/x", "--latency", "30%", "--epochs", "1", "--timeout", "5m", "-o", "out", "-q"], api=api)
+        == 0
+    )
+    [(name, args, options)] = api.calls
+    assert (name, args) == ("rebudget", (Path("runs/x"), None))
+    given = {key: value for key, value in options.items() if value is not None and key != "progress"}
+    assert given == {"latency": "30%", "epochs": 1, "timeout": 300.0, "output": Path("out")}
+    assert "met: " in capsys.readouterr().out
+
+
+def test_rebudget_can_answer_with_a_plan_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = Cost(latency_us=200.0, size_bytes=3e5, memory_bytes=2e6)
+    whole = Cost(latency_us=800.0, size_bytes=1e6, memory_bytes=5e6)
+    found = Foreseen(plan=Plan(width=0.5), cost=cost, one_shot=0.8, original=whole, budget={"latency": 240.0})
+    line = ["rebudget", "runs/x", "task.py", "--latency", "30%", "--plan-only"]
+    assert main(line, api=(api := FakeApi(found))) == 0
+    assert api.calls[0][:2] == ("foreseen", (Path("runs/x"), "task.py"))
+    told = capsys.readouterr().out
+    assert "latency 200 us" in told
+    assert "0.8000 without training" in told
+    assert main([*line, "--json"], api=FakeApi(found)) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["width"] == 0.5
+    assert main(line, api=FakeApi(InfeasibleError("nothing", nearest={"latency": 300.0}))) == 3
+
+
 def test_defaults() -> None:
     api = FakeApi()
     main(SEARCH, api=api)
@@ -155,6 +211,7 @@ def test_defaults() -> None:
         "space": "cnn",
         "seed": 0,
         "sampler": "budget",
+        "max_failed": 0.5,
         "distillation": "soft+features+mixed",
         "recovery": "fine-tune",
     }
@@ -219,6 +276,12 @@ def test_bad_budgets_are_one_line_before_anything_begins(latency: str, capsys: p
         ("search t.py --max-drop 1% --min-metric 0.9", "one of them"),
         ("search t.py --min-metric 91%", "own units"),
         ("search t.py --front 1", "2 to 50"),
+        ("search t.py --latency 40% --max-failed 2", "--max-failed"),
+        ("worker t.py --latency 40% --storage sqlite:///x.db --profile a --profile b", "one device"),
+        ("rebudget", "Missing argument"),
+        ("rebudget runs/x", "no budget given"),
+        ("rebudget runs/x --latency lots", "--latency 'lots'"),
+        ("rebudget runs/x --latency 30% --timeout soon", "--timeout 'soon'"),
         ("search t.py --front 3 --max-drop 1%", "give one of them"),
         ("worker t.py --front 3 --storage sqlite:///x.db", "joins a search within budgets"),
         ("search t.py --latency 40% --timeout soon", "--timeout 'soon'"),

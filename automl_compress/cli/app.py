@@ -14,12 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from automl_compress.cli import devices, profile, recover, search, space
+from automl_compress.cli import devices, profile, rebudget, recover, search, space
 from automl_compress.cli.action import Action, guarded
 from automl_compress.cli.output import PROG, fail
 
 GROUPS: tuple[tuple[str | None, typer.Typer], ...] = (
     (None, search.commands),
+    (None, rebudget.commands),
     (None, profile.commands),
     (None, space.commands),
     (None, recover.commands),

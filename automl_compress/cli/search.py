@@ -14,6 +14,7 @@ from automl_compress.cli.options import Debug, Device, Json, Output, Quiet, Run,
 from automl_compress.cli.output import display, fail, print_result, stdout_to_stderr
 from automl_compress.core.budget import parse_budget
 from automl_compress.core.goal import parse_aim
+from automl_compress.deploy.overview import read_overview, summarize_devices, to_json
 from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
@@ -46,7 +47,10 @@ def _search(
         str | None, typer.Option(metavar="WHAT", help="What is cheap: latency (default), size or memory.")
     ] = None,
     output: Output = None,
-    profile: Annotated[str, typer.Option(metavar="NAME", help="Device profile: a name or a file.")] = "local",
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Device profile, a name or file; several: a model for each."),
+    ] = None,
     device: Device = "local",
     space: Annotated[str, typer.Option(metavar="NAME", help="Search space: a name or a file.")] = "cnn",
     trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many trials.")] = None,
@@ -59,6 +63,9 @@ def _search(
     recovery: Annotated[
         str, typer.Option(metavar="MODE", help=f"How finalists are trained: {', '.join(MODES)}.")
     ] = DEFAULT_MODE,
+    max_failed: Annotated[
+        float, typer.Option(metavar="SHARE", min=0, max=1, help="Stop when a larger share of the trials failed.")
+    ] = 0.5,
     distillation: Annotated[
         str, typer.Option(metavar="LOSSES", help=f"What is learned, joined by +: {', '.join((*NAMES, MIXED))}.")
     ] = DEFAULT,
@@ -69,6 +76,7 @@ def _search(
     debug: Debug = False,
 ) -> Action:
     worker = ctx.info_name == "worker"
+    profiles = profile or ["local"]
 
     def run(api: Any) -> int:
         parse_losses(distillation)
@@ -77,13 +85,15 @@ def _search(
         parse_budget(latency, size, memory, required=aim is None)
         if worker and aim is not None:
             raise InputError("worker: joins a search within budgets; other searches run in one process")
+        if worker and len(profiles) > 1:
+            raise InputError("worker: a worker searches for one device: give one --profile")
         if worker and storage is None:
             raise InputError("worker: --storage is missing: name the storage of the search to join")
         options = {
             "latency": latency,
             "size": size,
             "memory": memory,
-            "profile": profile,
+            "profile": profiles[0],
             "device": device,
             "space": space,
             "trials": trials,
@@ -91,6 +101,7 @@ def _search(
             "timeout": None if timeout is None else parse_seconds(timeout),
             "seed": seed,
             "sampler": sampler,
+            "max_failed": max_failed,
             "distillation": distillation,
             "recovery": recovery,
             "weights": weights,
@@ -101,8 +112,14 @@ def _search(
             options |= {"max_drop": max_drop, "min_metric": min_metric, "front": front, "minimise": minimise}
         with stdout_to_stderr(), display(quiet) as progress:
             api = api or import_module("automl_compress.api")
-            outcome = (api.work if worker else api.compress)(task, progress=progress, **options)
-        return _report_worker(outcome, as_json) if worker else _report(outcome.to_json(), as_json)
+            if len(profiles) > 1:
+                del options["profile"]
+                outcome = api.compress_each(task, profiles, progress=progress, **options)
+            else:
+                outcome = (api.work if worker else api.compress)(task, progress=progress, **options)
+        if len(profiles) > 1:
+            return _report_each({name: result.to_json() for name, result in outcome.items()}, as_json)
+        return _report_worker(outcome, as_json) if worker else report(outcome.to_json(), as_json)
 
     return Action(run=run, folder=output, debug=debug)
 
@@ -110,6 +127,10 @@ def _search(
 @commands.command("show", help="Show what a finished run found.")
 def _show(run: Run, as_json: Json = False, debug: Debug = False) -> Action:
     def show(_api: Any) -> int:
+        each = read_overview(run)
+        if each is not None:
+            print_result(json.dumps(to_json(each), indent=2) if as_json else summarize_devices(each))
+            return 0
         result = read_result(run)
         print_result(json.dumps(result, indent=2) if as_json else summarize(result))
         return 0
@@ -119,19 +140,27 @@ def _show(run: Run, as_json: Json = False, debug: Debug = False) -> Action:
 
 @commands.command("replay", help="Build a delivered model again from its plan.json.")
 def _replay(
-    run: Run, task: Task, output: Output = None, weights: Weights = None, quiet: Quiet = False, debug: Debug = False
+    run: Run,
+    task: Task,
+    trial: Annotated[
+        str | None, typer.Option(metavar="N", help="A one-shot trial instead, as the report numbers them: 12.")
+    ] = None,
+    output: Output = None,
+    weights: Weights = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> Action:
     def replay(api: Any) -> int:
         with stdout_to_stderr(), display(quiet) as progress:
             api = api or import_module("automl_compress.api")
-            model = api.replay(run, task, output=output, weights=weights, progress=progress)
+            model = api.replay(run, task, trial=trial, output=output, weights=weights, progress=progress)
         print_result(str(model))
         return 0
 
     return Action(run=replay, folder=output, debug=debug)
 
 
-def _report(result: Mapping[str, Any], as_json: bool) -> int:
+def report(result: Mapping[str, Any], as_json: bool) -> int:
     """Print a result; its status decides the exit code."""
     status = result["status"]
     print_result(json.dumps(result, indent=2) if as_json else summarize(result))
@@ -139,6 +168,15 @@ def _report(result: Mapping[str, Any], as_json: bool) -> int:
         found = nearest_text(result["nearest"], result["binding"])
         fail("; ".join(filter(None, ["no reachable model meets the budget", found])), EXIT_CODES[status])
     return EXIT_CODES[status]
+
+
+def _report_each(results: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
+    """Print the results of several devices; the exit code is that of the worst."""
+    print_result(json.dumps(to_json(results), indent=2) if as_json else summarize_devices(results))
+    lacking = [name for name, result in results.items() if result["status"] == "infeasible"]
+    if lacking:
+        return fail(f"no reachable model meets the budget on {', '.join(lacking)}", EXIT_CODES["infeasible"])
+    return max(EXIT_CODES[result["status"]] for result in results.values())
 
 
 def _report_worker(trials: Mapping[str, int], as_json: bool) -> int:

@@ -79,6 +79,7 @@ class Result:
     baselines  name -> figures of the models that the search has to beat
     nearest    infeasible only: metric -> the lowest figure that is reachable
     binding    infeasible only: the layers that take most of the cheapest plan's cost
+    ladder     one entry a plan that was distilled: 'plan' (key), 'budget', 'metrics' (rung by rung), 'state', 'reason'
     trials     state -> how many trials ended so
     training   what was trained for the delivered model: curves and figures of each training, in order
     """
@@ -93,6 +94,7 @@ class Result:
     trials: Mapping[str, int] = field(default_factory=dict)
     device: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[Mapping[str, Any], ...] = ()
+    ladder: tuple[Mapping[str, Any], ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     training: tuple[Mapping[str, Any], ...] = ()
@@ -116,6 +118,7 @@ class Result:
             "trials": dict(self.trials),
             "device": dict(self.device),
             "layers": [dict(layer) for layer in self.layers],
+            "ladder": [dict(row) for row in self.ladder],
             "seconds": dict(self.seconds),
             "notes": list(self.notes),
             "training": [dict(log) for log in self.training],
@@ -128,5 +131,5 @@ class Result:
         models = {name: Figures.from_json(value) for name, value in fields["baselines"].items()}
         front = {name: Figures.from_json(value) for name, value in fields.get("front", {}).items()}
         ends = {name: Figures.from_json(fields[name]) if fields[name] else None for name in ("original", "delivered")}
-        lists = {name: tuple(fields.get(name, ())) for name in ("binding", "layers", "notes", "training")}
+        lists = {name: tuple(fields.get(name, ())) for name in ("binding", "layers", "ladder", "notes", "training")}
         return cls(**{**fields, **ends, **lists, "baselines": models, "front": front, "folder": folder})

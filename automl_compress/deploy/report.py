@@ -96,7 +96,7 @@ def render(
         result=result,
         headline=headline(data),
         verdicts=[_verdict_row(verdict) for verdict in verdicts(data)],
-        models=[_model_row(name, figures) for name, figures in models(data)],
+        models=[model_row(name, figures) for name, figures in models(data)],
         layers=[_layer_row(layer) for layer in result.layers],
         masked=any("mask" in layer for layer in result.layers),
         goal=goal_lines(data),
@@ -104,6 +104,8 @@ def render(
         choices=_choices(plan),
         estimated=estimated(data),
         tested=any(figures.get("test_metric") is not None for _, figures in models(data)),
+        ladder=[_ladder_row(row) for row in result.ladder],
+        rungs=max((len(row["metrics"]) for row in result.ladder), default=0),
         trials=[(state, count) for state, count in result.trials.items() if count],
         chart=scatter(result, study_rows) if study_rows else None,
         training=training_rows(result.training),
@@ -231,7 +233,8 @@ def _verdict_row(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _model_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
+def model_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
+    """A model's figures as text."""
     predicted = figures.get("predicted_latency_us")
     test = figures.get("test_metric")
     return {
@@ -245,6 +248,16 @@ def _model_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
         "size": format_bytes(figures["size_bytes"]),
         "memory": format_bytes(figures["memory_bytes"]),
         "note": str(figures.get("note", "")),
+    }
+
+
+def _ladder_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    outcomes = {"complete": "finished", "pruned": "stopped", "fail": "failed"}
+    return {
+        "plan": row["plan"],
+        "budget": row["budget"] or MISSING,
+        "metrics": [f"{metric:.4f}" for metric in row["metrics"]],
+        "outcome": outcomes.get(row["state"], row["state"]) + (f": {row['reason']}" if "reason" in row else ""),
     }
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import optuna.trial
+from optuna.trial import TrialState
 
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.verify import ExecutedLayer
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.dominated import is_about_bits
+from automl_compress.search.storage import interrupted
 from automl_compress.search.study import ADOPTED
 
 
@@ -130,6 +133,36 @@ def _row(trial: optuna.trial.FrozenTrial, label: str) -> dict[str, Any]:
     }
 
 
+def ladder_rows(campaign: Campaign) -> tuple[Mapping[str, Any], ...]:
+    """One row a plan that entered the ladder: its metric at every rung that it reached, and how it ended."""
+    rows = []
+    for label, study in campaign.recovery_studies().items():
+        for trial in study.get_trials(deepcopy=False):
+            row = {
+                "plan": trial.user_attrs["plan"],
+                "budget": label,
+                "metrics": [trial.intermediate_values[step] for step in sorted(trial.intermediate_values)],
+                "state": trial.state.name.lower(),
+            }
+            reason = trial.user_attrs.get("reason")
+            rows.append({**row, "reason": reason} if reason else row)
+    return tuple(rows)
+
+
+def _failures(campaign: Campaign) -> list[str]:
+    """What failed, and why: of all trials, and of all models that were to be distilled."""
+    found: list[str] = []
+    for what, studies in (("trial", campaign.studies()), ("distillation", campaign.recovery_studies())):
+        reasons: Counter[str] = Counter()
+        for study in studies.values():
+            trials = study.get_trials(deepcopy=False)
+            gone = interrupted(trials)
+            failed = [trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in gone]
+            reasons.update(str(trial.user_attrs.get("reason", "unknown")) for trial in failed)
+        found += [f"{n} {what}{'s' if n > 1 else ''} failed: {reason}" for reason, n in reasons.most_common()]
+    return found
+
+
 def notes(campaign: Campaign) -> tuple[str, ...]:
     """What the report has to say about what was left alone, and how far predictions can be trusted."""
     graph = campaign.bench.graph
@@ -138,4 +171,12 @@ def notes(campaign: Campaign) -> tuple[str, ...]:
         reasons.setdefault(entry.reason, []).append(entry.layer)
     frozen = [f"channels left whole: {', '.join(layers)}: {reason}" for reason, layers in reasons.items()]
     skipped = [f"not counted in MACs: {name} ({count} times)" for name, count in graph.skipped.items()]
-    return (*campaign.space.notes, *frozen, *skipped, *campaign.costs.notes(campaign.bench.original))
+    rejected = [f"a finished model was rejected: {reason}" for reason in campaign.rejected.values()]
+    return (
+        *_failures(campaign),
+        *rejected,
+        *campaign.space.notes,
+        *frozen,
+        *skipped,
+        *campaign.costs.notes(campaign.bench.original),
+    )

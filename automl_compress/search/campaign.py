@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 import optuna.trial
 
-from automl_compress.core.budget import Budget, Cost, Limit, format_metric, share_of
+from automl_compress.core.budget import Budget, Cost, Limit, share_of
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures
 from automl_compress.deploy.run_folder import RunFolder
@@ -25,21 +25,24 @@ from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.trust import advice
 from automl_compress.progress import Progress
-from automl_compress.search.decode import Decoder, cheapest, solve
+from automl_compress.search.decode import Decoder
 from automl_compress.search.dominated import drop_dominated
 from automl_compress.search.evaluate import Workbench
+from automl_compress.search.feasibility import Reach, additive_limits, require_feasible
 from automl_compress.search.forecast import SEARCH, Forecast
+from automl_compress.search.measured import MeasuredCosts
 from automl_compress.search.pricing import additive_table
+from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sampler import make_sampler
 from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
 from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
 from automl_compress.search.study import (
-    ADOPTED,
     Objective,
     adopt_trials,
     best_feasible,
+    evaluated_plans,
     open_study,
     ranked,
     run_trials,
@@ -53,8 +56,8 @@ from automl_compress.search.timing import Clock
 AIM = {"latency": 0.985, "memory": 0.97}
 _LEAST_MEASURED = 3  # models at the end: the original, what is delivered, a plan before it
 _PACED = 8  # sensitivities after which the time that the others take is foreseen
-_REACH = 1.03  # an estimate this far above a limit is not yet proof that the limit can't be met
 STUDY = "one-shot"
+SENSITIVITY, SPACE, MEASURED = "sensitivity.jsonl", "space.json", "measured.jsonl"
 
 
 @dataclass
@@ -62,6 +65,8 @@ class Campaign:
     """The state of one search. `limits` are the budgets as written, `budget` what they come to beside the original.
 
     measured  plan -> its cost as measured; `rejected`: plan -> why its finished model can't be delivered
+    borrowed  plans that an earlier run of the same model evaluated, with their one-shot metrics
+    max_failed    share of trials that may fail
     clock     the time limit, and what things take
     legs      the same search under other budgets (see `leg`), by label; shared by all of them
     """
@@ -80,12 +85,15 @@ class Campaign:
     original: Cost = field(init=False)
     budget: Budget = field(init=False)
     table: AdditiveTable = field(init=False)
-    measured: dict[str, Cost] = field(default_factory=dict)
+    measured: MeasuredCosts = field(default_factory=MeasuredCosts)
     rejected: dict[str, str] = field(default_factory=dict)
+    borrowed: tuple[tuple[Plan, float], ...] = ()
+    max_failed: float = 0.5
     legs: dict[str, Campaign] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     label: str = ""
     _study: optuna.Study | None = None
+    _recovery: optuna.Study | None = None
     _begun: bool = False
     _milp: Plan | None = None
 
@@ -96,7 +104,7 @@ class Campaign:
             _LEAST_MEASURED * (self.clock.typical("measuring") or 0.0), "measuring what is to be delivered"
         )
         self.learn_device()
-        self.require_feasible()
+        require_feasible(self.reach, self.aim, self.budget, self.original)
         self.learn_quality()
 
     def measure_original(self) -> None:
@@ -119,6 +127,7 @@ class Campaign:
             self.folder.write_json("original.json", known)
         self.original = Cost(**{"provenance": "measured", **known})
         self.budget = Budget.resolve(self.limits, self.original)
+        self.measured.load(self.folder.path / MEASURED)
         self.forecast = Forecast(self.bench, self.space, self.device, seed=self.seed)
 
     def learn_device(self) -> None:
@@ -136,26 +145,12 @@ class Campaign:
         self.table = additive_table(
             self.bench.graph, plans, lowered, totals, self.original.size_bytes, {}, executions, offered
         )
-        self._fix_space()
-
-    def require_feasible(self) -> None:
-        """Raise InfeasibleError at once where even the cheapest plan is over a budget."""
-        floors = self.floors()
-        over = {m: f for m, f in floors.items() if f > self.budget.limits[m] * _REACH}
-        if not over and self._solve({m: limit * _REACH for m, limit in self._table_limits().items()}) is not None:
-            return
-        nearest = {m: max(f, self.budget.limits[m]) if m not in over else f for m, f in floors.items()}
-        what = ", ".join(
-            f"{m} {format_metric(m, f)} (asked {format_metric(m, self.budget.limits[m])})"
-            for m, f in (over or floors).items()
-        )
-        how = "the cheapest reachable model needs" if over else "the budgets can't be met together; each alone reaches"
-        raise InfeasibleError(f"{how} {what}", nearest=nearest, binding=self.binding())
+        self._settle_space()
 
     def learn_quality(self) -> None:
         """Measure, or read from the run folder, what each option costs in quality."""
         self.progress.stage("measuring sensitivities", sum(len(d.options) for d in self.space.decisions))
-        file = self.folder.file("sensitivity.jsonl")
+        file = self.folder.file(SENSITIVITY)
         options = sum(len(d.options) for d in self.space.decisions)
         begun, measured = self.clock.now(), 0
 
@@ -180,7 +175,7 @@ class Campaign:
         if label not in self.legs:
             leg = copy(self)
             leg.limits, leg.label = {**self.limits, metric: limit}, label
-            leg._study, leg._milp, leg._begun = None, None, False
+            leg._study, leg._recovery, leg._milp, leg._begun = None, None, None, False
             leg.budget = Budget.resolve(leg.limits, self.original)
             self.legs[label] = leg
         return self.legs[label]
@@ -201,7 +196,7 @@ class Campaign:
             if best is not None and best.number == trial.number:
                 self.progress.best(best.value or 0.0, self.describe(self.space.plan(best.params)))
 
-        run_trials(study, self._objective(), trials, timeout=timeout, callbacks=[after])
+        run_trials(study, self._objective(), trials, timeout=timeout, callbacks=[after], failure_share=self.max_failed)
 
     def study(self) -> optuna.Study:
         """The one-shot study, in the run folder or in the storage that was named."""
@@ -218,17 +213,15 @@ class Campaign:
                 self.storage or self.folder.path, self._study_name, sampler, fingerprint=self.identity
             )
             self._begun = True
-            if self.label:
-                adopt_trials(self._study, self._objective(), self._evaluated_elsewhere())
+            adopt_trials(self._study, self._objective(), self._evaluated_elsewhere())
             if self.storage and "space" not in self._study.user_attrs:
-                self._study.set_user_attr("space", self.folder.read_json("space.json"))
+                self._study.set_user_attr("space", self.folder.read_json(SPACE))
         return self._study
 
-    def _evaluated_elsewhere(self) -> list[optuna.trial.FrozenTrial]:
-        studies = (leg.study() for leg in self.legs.values() if leg.label != self.label and leg.has_study)
-        return [
-            trial for study in studies for trial in study.get_trials(deepcopy=False) if ADOPTED not in trial.user_attrs
-        ]
+    def _evaluated_elsewhere(self) -> list[tuple[Plan, float]]:
+        """Plans that were evaluated under other budgets, in this run or in one that it started from."""
+        studies = [leg.study() for leg in self.legs.values() if leg.label != self.label and leg.has_study]
+        return [*self.borrowed, *(found for study in studies for found in evaluated_plans(study, self.space))]
 
     def _objective(self) -> Objective:
         return Objective(space=self.space, budget=self.aim, predict=self.predict, evaluate=self.evaluate)
@@ -240,12 +233,14 @@ class Campaign:
 
     def recovery_study(self) -> optuna.Study:
         """The study of what is distilled, rung by rung, beside the one-shot study."""
-        return open_study(
-            self.storage or self.folder.path,
-            f"{self._study_name} recovery",
-            optuna.samplers.RandomSampler(seed=self.seed),
-            fingerprint=self.identity,
-        )
+        if self._recovery is None:
+            self._recovery = open_study(
+                self.storage or self.folder.path,
+                f"{self._study_name} recovery",
+                optuna.samplers.RandomSampler(seed=self.seed),
+                fingerprint=self.identity,
+            )
+        return self._recovery
 
     def seeds(self) -> dict[str, Plan]:
         """The plans that every search starts from, by label."""
@@ -259,9 +254,9 @@ class Campaign:
         name = f"milp-{self.label.replace(' ', '-').replace('%', 'pct')}.json" if self.label else "milp.json"
         known = self.folder.read_json(name)
         if known is None:
-            limits = self._table_limits()
+            limits = additive_limits(self.aim, self.original)
             found = loosest_optimum(
-                lambda scale: self._solve({metric: limit * scale for metric, limit in limits.items()}),
+                lambda scale: self.reach.solve({metric: limit * scale for metric, limit in limits.items()}),
                 self.fits,
             )
             known = (found or Plan()).to_json(self.bench.graph)
@@ -277,6 +272,18 @@ class Campaign:
     @property
     def costs(self) -> CostModel:
         return self.forecast.costs
+
+    def infeasible(self, message: str) -> InfeasibleError:
+        """An error with the nearest figures that the space reaches, and the layers that bind."""
+        return InfeasibleError(message, nearest=self.floors(), binding=self.reach.binding(self.budget.limits))
+
+    def floors(self) -> dict[str, float]:
+        """Metric -> the lowest predicted figure that the space reaches, for each budget."""
+        return self.reach.floors(self.budget.limits)
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(space=self.space, graph=self.bench.graph, table=self.table, predict=self.predict)
 
     def describe(self, plan: Plan) -> str:
         cost = self.cost(plan)
@@ -306,16 +313,6 @@ class Campaign:
         """The budget that the search holds its predictions against."""
         return self.budget.scaled(AIM)
 
-    def binding(self) -> tuple[str, ...]:
-        """The layers that take most of the cheapest plan's latency (or size), dearest first."""
-        metric = "latency" if "latency" in self.budget.limits else "size"
-        plan = cheapest(self.space, self.bench.graph, self.table, metric)
-        costs = {
-            name: self.table.cost(name, (*widths, plan.layer_bits(name))).of(metric)
-            for name, widths in plan.widths(self.bench.graph).items()
-        }
-        return tuple(sorted(costs, key=lambda name: -costs[name])[:3])
-
     @property
     def has_study(self) -> bool:
         """Whether the search got as far as its first trial."""
@@ -331,12 +328,15 @@ class Campaign:
 
     def studies(self) -> dict[str, optuna.Study]:
         """Label of the budget ('' for the search's own) -> its study, of those that got as far as a study."""
-        campaigns = [self] if self.label else [self, *self.legs.values()]
-        return {campaign.label: campaign.study() for campaign in campaigns if campaign.has_study}
+        return {campaign.label: campaign.study() for campaign in self._campaigns if campaign.has_study}
 
-    def floors(self) -> dict[str, float]:
-        """Metric -> the lowest predicted figure that the space reaches, for each budget."""
-        return {m: self._floor(m) for m in self.budget.limits}
+    def recovery_studies(self) -> dict[str, optuna.Study]:
+        """The same of what was distilled."""
+        return {c.label: c.recovery_study() for c in self._campaigns if c._recovery is not None}
+
+    @property
+    def _campaigns(self) -> list[Campaign]:
+        return [self] if self.label else [self, *self.legs.values()]
 
     def original_figures(self) -> Figures:
         """The original as measured at the start."""
@@ -366,55 +366,25 @@ class Campaign:
         plans = [self.space.plan(trial.params) for trial in ranked(self.study(), count)]
         return [plan for plan in plans if self.fits(plan)]
 
-    def _floor(self, metric: str) -> float:
-        """The lowest predicted figure of any plan that the table suggests as cheapest."""
-        plan = cheapest(self.space, self.bench.graph, self.table, "size" if metric == "memory" else metric)
-        return min(self.predict(other).of(metric) for other in (plan, *self._narrowest(plan)))
-
-    def _narrowest(self, plan: Plan) -> list[Plan]:
-        widths = [float(o) for d in self.space.decisions if d.kind == "width" for o in d.options]
-        return [replace(plan, width=min(widths))] if widths else []
-
-    def _table_limits(self) -> dict[str, float]:
-        """The limits that the additive table can be held against; memory follows the file's size."""
-        limits = {m: limit for m, limit in self.aim.limits.items() if m != "memory"}
-        if "memory" in self.aim.limits:
-            share = self.aim.limits["memory"] / max(self.original.memory_bytes, 1.0)
-            limits["size"] = min(limits.get("size", float("inf")), share * self.original.size_bytes)
-        return limits
-
-    def _solve(self, limits: Mapping[str, float]) -> Plan | None:
-        return solve(self.space, self.bench.graph, self.table, limits)
-
-    def _fix_space(self) -> None:
+    def _settle_space(self) -> None:
         """Drop dominated options once: a resumed run offers what it offered before, whatever was measured since."""
-        known = self.folder.read_json("space.json") or self._shared_space()
+        known = self.folder.read_json(SPACE) or self._shared_space()
         if known is None:
-            space = drop_dominated(
-                self.space, self.bench.graph, self.table, metrics=tuple(self.budget.limits), predict=self.predict
-            )
-            known = {
-                "options": {d.name: list(d.options) for d in space.decisions},
-                "fixed": dict(space.fixed),
-                "notes": list(space.notes),
-            }
-        self.folder.write_json("space.json", known)
-        options = known["options"]
-        self.space = replace(
-            self.space,
-            decisions=tuple(
-                replace(d, options=tuple(options[d.name])) for d in self.space.decisions if d.name in options
-            ),
-            fixed=known["fixed"],
-            notes=tuple(known["notes"]),
-        )
+            metrics = tuple(self.budget.limits)
+            space = drop_dominated(self.space, self.bench.graph, self.table, metrics=metrics, predict=self.predict)
+            known = space_record(space, self.bench.executions)
+        self.folder.write_json(SPACE, known)
+        self.space = recorded_space(self.space, known)
+
+    @staticmethod
+    def study_name(identity: Mapping[str, str], *, shared: bool) -> str:
+        """In a storage that others use, too, a name that only the same search arrives at."""
+        digest = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:12]
+        return f"{STUDY}-{digest}" if shared else STUDY
 
     @property
     def _study_name(self) -> str:
-        """In a storage that others use, too, a name that only the same search arrives at."""
-        digest = hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()[:12]
-        name = f"{STUDY}-{digest}" if self.storage else STUDY
-        return f"{name} {self.label}" if self.label else name
+        return f"{self.study_name(self.identity, shared=bool(self.storage))} {self.label}".strip()
 
     def _shared_space(self) -> Any:
         """What the search that this process joins offers; options measured apart could differ by a dominated one."""

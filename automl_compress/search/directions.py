@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from automl_compress.errors import CompressError, ExportError, InfeasibleError
+from automl_compress.errors import CompressError, ExportError
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.climb import Climber, baseline_plans, within_budget
 from automl_compress.search.deliver import Verified, verify
@@ -45,7 +45,7 @@ def verified_or_rejected(campaign: Campaign, candidate: Candidate, beaten: dict[
     if verified.met:
         return verified
     campaign.progress.note("the finished model missed the budget; the search goes on")
-    campaign.measured[key] = verified.beside(campaign.original)
+    campaign.measured.remember(candidate.plan, verified.beside(campaign.original))
     return None
 
 
@@ -54,8 +54,4 @@ def none_left(campaign: Campaign, count: int) -> CompressError:
     if campaign.rejected:
         reason = next(reversed(campaign.rejected.values()))
         return ExportError(f"{len(campaign.rejected)} finished models were rejected, the last one because: {reason}")
-    return InfeasibleError(
-        f"{count} finished models missed the budget when measured",
-        nearest=campaign.floors(),
-        binding=campaign.binding(),
-    )
+    return campaign.infeasible(f"{count} finished models missed the budget when measured")

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import Plan
-from automl_compress.errors import InfeasibleError
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
 
@@ -35,10 +34,8 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None) -
         passed = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key in campaign.measured]
         if passed:
             return passed
-    raise InfeasibleError(
-        f"none of {len(campaign.measured)} plans that were predicted to meet the budget met it when measured",
-        nearest=campaign.floors(),
-        binding=campaign.binding(),
+    raise campaign.infeasible(
+        f"none of {len(campaign.measured)} plans that were predicted to meet the budget met it when measured"
     )
 
 
@@ -66,7 +63,7 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
             memory_bytes=memory.get(plan.key, predicted.memory_bytes),
             provenance=timings[plan.key].provenance,
         )
-        campaign.measured[plan.key] = measured
+        campaign.measured.remember(plan, measured)
         campaign.progress.advance()
         if not budget.met(measured):
             misses.append((measured.latency_us / predicted.latency_us, predicted, measured))

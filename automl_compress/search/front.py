@@ -67,9 +67,7 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
         except InfeasibleError as error:
             campaign.progress.note(f"no model at {share:.1%}: {error}")
     if not points:
-        raise InfeasibleError(
-            "no model of the front met its budget", nearest=campaign.floors(), binding=campaign.binding()
-        )
+        raise campaign.infeasible("no model of the front met its budget")
     return not_dominated(points, what)
 
 

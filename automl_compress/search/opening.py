@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from automl_compress.recovery.transfer import in_words, transfer_in
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.forecast import Forecast
+from automl_compress.search.identity import digest_of
 from automl_compress.search.profiling import forecast_of
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sampler import SAMPLERS
@@ -53,8 +53,18 @@ def open_forecast(
 
 
 @contextmanager
-def open_campaign(task: Task | str, settings: Settings, folder: Path, progress: Progress) -> Iterator[Campaign]:
-    """Everything that a search needs, checked in the order of what is cheapest to get wrong."""
+def open_campaign(
+    task: Task | str,
+    settings: Settings,
+    folder: Path,
+    progress: Progress,
+    *,
+    opened: Callable[[RunFolder], None] = lambda _: None,
+) -> Iterator[Campaign]:
+    """Everything that a search needs, checked in the order of what is cheapest to get wrong.
+
+    opened  called with the run folder before anything is trained or measured for it
+    """
     options = settings.options
     if options.get("sampler", "budget") not in SAMPLERS:
         raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
@@ -62,11 +72,17 @@ def open_campaign(task: Task | str, settings: Settings, folder: Path, progress: 
         require_task_file(task)
     rules = load_space(options.get("space") or "cnn")
     with open_device(options.get("profile") or "local", options.get("device") or "local", progress) as device:
-        yield from _campaign_on(device, rules, task, settings, folder, progress)
+        yield from _campaign_on(device, rules, task, settings, folder, progress, opened)
 
 
 def _campaign_on(
-    device: Device, rules: SpaceFile, task: Task | str, settings: Settings, folder: Path, progress: Progress
+    device: Device,
+    rules: SpaceFile,
+    task: Task | str,
+    settings: Settings,
+    folder: Path,
+    progress: Progress,
+    opened: Callable[[RunFolder], None],
 ) -> Iterator[Campaign]:
     options, device_profile = settings.options, device.profile
     progress.stage("loading the task")
@@ -85,6 +101,7 @@ def _campaign_on(
         "seed": str(options.get("seed") or 0),
     }
     with RunFolder(folder, identity) as run_folder:
+        opened(run_folder)
         loaded, space = _transferred(run_folder, loaded, space, progress, seed=int(options.get("seed") or 0))
         yield Campaign(
             bench=Workbench(
@@ -98,6 +115,7 @@ def _campaign_on(
             device=device,
             limits=settings.searched,
             clock=settings.clock,
+            max_failed=float(options.get("max_failed", 0.5)),
             folder=run_folder,
             progress=progress,
             identity=identity,
@@ -127,17 +145,6 @@ def _transferred(
 def load(task: Task | str, weights: str | Path | None) -> Task:
     path = Path(weights) if weights else None
     return load_task(task, weights=path) if isinstance(task, str) else prepare(task, weights=path)
-
-
-def digest_of(task: Task) -> str:
-    """Identifies the trained model and how much validation data there is; its order may differ from run to run."""
-    digest = hashlib.sha256()
-    for name, value in sorted(task.model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    if task.transfer is not None:
-        digest.update(repr(task.transfer).encode())
-    digest.update(str(len(task.validation) if hasattr(task.validation, "__len__") else None).encode())
-    return digest.hexdigest()[:16]
 
 
 def task_name(task: Task | str) -> str:

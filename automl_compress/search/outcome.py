@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from automl_compress.core.result import Figures, Result
+from automl_compress.deploy.overview import write_overview
 from automl_compress.deploy.report import write_report
 from automl_compress.errors import CompressError, InfeasibleError
+from automl_compress.search.account import ladder_rows, trial_rows
 from automl_compress.search.account import notes as notes_of
-from automl_compress.search.account import trial_rows
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.deliver import Verified, final_metric
 from automl_compress.search.front import Point
@@ -135,6 +137,17 @@ def write(campaign: Campaign, settings: Settings, result: Result) -> Result:
     return result
 
 
+def write_devices(folder: Path, results: Mapping[str, Result]) -> None:
+    """devices.json and report.html over several devices, whose runs are the subfolders of their names."""
+    data = {name: result.to_json() for name, result in results.items()}
+    try:
+        write_overview(folder, data)
+    except OSError as error:
+        raise CompressError(
+            f"{error.filename}: can't be written ({error.strerror}); free some space and run again"
+        ) from error
+
+
 def _result(campaign: Campaign, settings: Settings, *, budget: Mapping[str, float], **fields: Any) -> Result:
     header = campaign.device.profile.header
     shown = {"provenance", "match", "runtime", "device", "memory"}
@@ -154,6 +167,7 @@ def _result(campaign: Campaign, settings: Settings, *, budget: Mapping[str, floa
         device=device,
         folder=campaign.folder.path,
         trials=campaign.trial_counts(),
+        ladder=ladder_rows(campaign),
         budget={metric: limit for metric, limit in budget.items() if metric in settings.limits},
         **fields,
     )

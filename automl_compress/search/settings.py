@@ -6,16 +6,21 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from automl_compress import __version__
-from automl_compress.core.budget import Limit, share_of
-from automl_compress.core.goal import Front, Goal
+from automl_compress.core.budget import Limit, parse_budget, share_of
+from automl_compress.core.goal import Front, Goal, parse_aim
+from automl_compress.errors import InputError
+from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.timing import Clock
-from automl_compress.techniques.distillation.losses import Losses, parse_losses
+from automl_compress.techniques.distillation.losses import DEFAULT, Losses, parse_losses
 from automl_compress.techniques.training.settings import Training
 
+DEFAULT_TRIALS = 100
+DEFAULT_EPOCHS = 3.0
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
 
@@ -75,11 +80,72 @@ class Settings:
         return parse_losses(self.options["distillation"])
 
 
+def make_settings(
+    task: Any,
+    *,
+    latency: str | None = None,
+    size: str | None = None,
+    memory: str | None = None,
+    max_drop: str | None = None,
+    min_metric: str | float | None = None,
+    front: int | None = None,
+    minimise: str | None = None,
+    trials: int | None = None,
+    epochs: float | None = None,
+    timeout: float | None = None,
+    max_failed: float = 0.5,
+    distillation: str = DEFAULT,
+    recovery: str = DEFAULT_MODE,
+    weights: Any = None,
+    **others: Any,
+) -> Settings:
+    """The settings behind the options of `api.compress`, defaults filled in. Raises InputError for nonsense."""
+    aim = parse_aim(max_drop, min_metric, front, minimise)
+    limits = parse_budget(latency, size, memory, required=aim is None)
+    parse_losses(distillation)
+    check_mode(recovery)
+    if not 0 <= max_failed <= 1:
+        raise InputError(f"--max-failed {max_failed:g} must be a share from 0 to 1")
+    options = {
+        "task": task if isinstance(task, str) else type(task.model).__name__,
+        **{name: limit.text for name, limit in limits.items()},
+        "max_drop": max_drop,
+        "min_metric": min_metric,
+        "front": front,
+        "minimise": minimise,
+        **{"profile": "local", "device": "local", "space": "cnn", "seed": 0, "sampler": "budget", "storage": None},
+        "trials": trials or DEFAULT_TRIALS,
+        "epochs": DEFAULT_EPOCHS if epochs is None else epochs,
+        "timeout": timeout,
+        "max_failed": max_failed,
+        "distillation": distillation,
+        "recovery": recovery,
+        "weights": str(weights) if weights else None,
+        **others,
+    }
+    clock = Clock()
+    if timeout:
+        clock.deadline = clock.begun + timeout
+    return Settings(from_spec=isinstance(task, str), limits=limits, aim=aim, options=options, clock=clock)
+
+
+def default_folder(name: str, settings: Settings) -> Path:
+    """runs/NAME-WHAT, where WHAT is what is asked for."""
+    asked = [f"{metric}{limit.text}" for metric, limit in settings.limits.items()]
+    if settings.front is not None:
+        asked.append(f"front{settings.front.points}{settings.front.minimise}")
+    elif settings.goal is not None:
+        what = settings.goal.minimise
+        asked += [settings.goal.text.strip("-"), *([what] if what != "latency" else [])]
+    return Path("runs") / "-".join([name, *(a.replace("%", "pct").replace(" ", "") for a in asked)])
+
+
 def effective_config(campaign: Campaign, settings: Settings) -> dict[str, Any]:
     """Everything effective: options with their defaults filled in, the schedule, the profile, the space, versions."""
     profile, space = campaign.device.profile, campaign.space
     return {
         **settings.options,
+        "task_from": "name" if settings.from_spec else "object",
         "output": str(campaign.folder.path),
         "schedule": asdict(settings.schedule),
         "device": {

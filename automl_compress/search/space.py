@@ -104,19 +104,7 @@ class SearchSpace:
         for name, value in chosen.items():
             if name not in self.decision or value not in self.decision[name].options:
                 raise PlanError(f"{name}={value!r} is not among the options {self.options(name)} of space {self.name}")
-        chosen.update(self.fixed)
-        parts: dict[str, dict[str, Option]] = {"sparsity": {}, "drop": {}, "bits": {}, "mask": {}}
-        for name, value in chosen.items():
-            kind, _, target = name.partition(".")
-            if target:
-                parts[kind][target] = value
-        return Plan(
-            width=float(chosen.get("width", 1.0)),
-            sparsity={k: float(v) for k, v in parts["sparsity"].items() if v},
-            drop=frozenset(k for k, v in parts["drop"].items() if v),
-            bits={k: int(v) for k, v in parts["bits"].items() if v != FULL_BITS},
-            masks={k: str(v) for k, v in parts["mask"].items() if v != NO_MASK},
-        )
+        return plan_of({**chosen, **self.fixed})
 
     def params(self, plan: Plan) -> dict[str, Option]:
         """The parameters that mean this plan. PlanError names the first choice that the space doesn't offer."""
@@ -185,6 +173,22 @@ class SearchSpace:
         from optuna.distributions import CategoricalDistribution
 
         return {d.name: CategoricalDistribution(d.options) for d in self.decisions}
+
+
+def plan_of(choices: Mapping[str, Option]) -> Plan:
+    """The plan of choices by their names: 'width', 'sparsity.GROUP', 'drop.BLOCK', 'bits.LAYER', 'mask.LAYER'."""
+    parts: dict[str, dict[str, Option]] = {"sparsity": {}, "drop": {}, "bits": {}, "mask": {}}
+    for name, value in choices.items():
+        kind, _, target = name.partition(".")
+        if target:
+            parts[kind][target] = value
+    return Plan(
+        width=float(choices.get("width", 1.0)),
+        sparsity={k: float(v) for k, v in parts["sparsity"].items() if v},
+        drop=frozenset(k for k, v in parts["drop"].items() if v),
+        bits={k: int(v) for k, v in parts["bits"].items() if v != FULL_BITS},
+        masks={k: str(v) for k, v in parts["mask"].items() if v != NO_MASK},
+    )
 
 
 def resolve(

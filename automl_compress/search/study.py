@@ -39,6 +39,7 @@ __all__ = [
     "adopt_trials",
     "best_feasible",
     "evaluated",
+    "evaluated_plans",
     "join_study",
     "open_study",
     "ranked",
@@ -223,27 +224,30 @@ def seed_plans(study: Study, space: SearchSpace, plans: Mapping[str, Plan]) -> t
     return tuple(impossible)
 
 
-def adopt_trials(study: Study, objective: Objective, trials: Iterable[FrozenTrial]) -> int:
+def adopt_trials(study: Study, objective: Objective, found: Iterable[tuple[Plan, float]]) -> int:
     """Copy what was evaluated under other budgets into a study that has no trial yet; returns how many were copied.
 
-    Each is held against this study's budget by its predicted cost; the sampler learns from all of them. They don't
-    count as trials of this study.
+    Each plan is held against this study's budget by its predicted cost; the sampler learns from all of them. They don't
+    count as trials of this study. Plans that the space can't express are left out.
     """
     if study.get_trials(deepcopy=False):
         return 0
     keys: set[str] = set()
-    for trial in trials:
-        plan = trial_plan(objective.space, trial) if trial.state == TrialState.COMPLETE else None
-        key = objective.space.plan_key(plan) if plan is not None else ""
-        if plan is None or key in keys or "repeat_of" in trial.user_attrs:
+    for plan, value in found:
+        key = objective.space.plan_key(plan)
+        if key in keys:
+            continue
+        try:
+            params = dict(objective.space.params(plan))
+        except PlanError:
             continue
         keys.add(key)
         cost = objective.predict(plan)
         study.add_trial(
             optuna.trial.create_trial(
-                params=dict(objective.space.params(plan)),
+                params=params,
                 distributions=dict(objective.space.distributions()),
-                values=trial.values,
+                value=value,
                 constraints=objective.budget.constraints(cost),
                 user_attrs={
                     ADOPTED: True,
@@ -256,12 +260,19 @@ def adopt_trials(study: Study, objective: Objective, trials: Iterable[FrozenTria
 
 
 def evaluated(study: Study) -> list[tuple[dict[str, float], float]]:
-    """(predicted cost by metric, value) of every plan that was evaluated in this study itself."""
-    return [
-        (trial.user_attrs["predicted"], float(trial.values[0]))
+    """(predicted cost by metric, value) of every plan that was evaluated, under this budget or another."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [(trial.user_attrs["predicted"], float(trial.values[0])) for trial in done]
+
+
+def evaluated_plans(study: Study, space: SearchSpace) -> list[tuple[Plan, float]]:
+    """The plans that this study itself evaluated, with their values."""
+    done = [
+        (trial_plan(space, trial), float(trial.values[0]))
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if ADOPTED not in trial.user_attrs
+        if ADOPTED not in trial.user_attrs and "repeat_of" not in trial.user_attrs
     ]
+    return [(plan, value) for plan, value in done if plan is not None]
 
 
 def best_feasible(study: Study) -> FrozenTrial | None:

@@ -76,8 +76,8 @@ def test_floors_lie_below_the_budget_and_are_reachable_figures(learned: Campaign
 
 
 def test_binding_layers_are_layers(learned: Campaign) -> None:
-    assert 0 < len(learned.binding()) <= 3
-    assert set(learned.binding()) <= set(learned.bench.graph.layer)
+    assert 0 < len(learned.reach.binding(learned.budget.limits)) <= 3
+    assert set(learned.reach.binding(learned.budget.limits)) <= set(learned.bench.graph.layer)
 
 
 def test_every_option_has_a_price_in_quality(learned: Campaign) -> None:

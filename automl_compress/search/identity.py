@@ -1,0 +1,18 @@
+"""What identifies a trained model: by it a run folder, a study and a cache are told from another model's."""
+
+from __future__ import annotations
+
+import hashlib
+
+from automl_compress.model.task import Task
+
+
+def digest_of(task: Task) -> str:
+    """Identifies the trained model and how much validation data there is; its order may differ from run to run."""
+    digest = hashlib.sha256()
+    for name, value in sorted(task.model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    if task.transfer is not None:
+        digest.update(repr(task.transfer).encode())
+    digest.update(str(len(task.validation) if hasattr(task.validation, "__len__") else None).encode())
+    return digest.hexdigest()[:16]
