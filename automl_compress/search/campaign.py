@@ -185,8 +185,8 @@ class Campaign:
         study = self.study()
         seed_plans(study, self.space, self.seeds())
         self.progress.stage("one-shot trials", trials, seconds=timeout)
-        ahead = ("waiting", "running")
-        self.progress.advance(sum(count for state, count in trial_counts(study).items() if state not in ahead))
+        elsewhere = ("waiting", "running", "reused")
+        self.progress.advance(sum(count for state, count in trial_counts(study).items() if state not in elsewhere))
 
         def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
             self.progress.advance(

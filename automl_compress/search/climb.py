@@ -52,11 +52,13 @@ class Climber:
             found = allot(left, costs, epochs=epochs, baselines=baselines, trials=trials, looks=looks)
         except TooShort as short:
             clock.refuse(str(short), short.missing)
-        for cut in found.cut:
-            if cut not in clock.cuts:
-                clock.cuts.append(cut)
-                self.campaign.progress.note(f"the time limit leaves {cut}")
         return found
+
+    def _tell(self, cut: str) -> None:
+        """What was cut short, once."""
+        if cut not in self.campaign.clock.cuts:
+            self.campaign.clock.cuts.append(cut)
+            self.campaign.progress.note(f"the time limit leaves {cut}")
 
     def time_for_another(self) -> bool:
         """Whether a model more could be finished, if it were only repaired."""
@@ -69,6 +71,8 @@ class Climber:
     def climb(self, campaign: Campaign, plans: Sequence[Plan], allotment: Allotment) -> Candidate:
         """Distil the best plans briefly, the better half for longer, and so on; the one that was distilled fully."""
         steps = allotment.rungs
+        for cut in allotment.cut:
+            self._tell(cut)
         if len(steps) == 1:
             return self.recover(campaign, plans[0], FULL, steps[0].epochs)
 
@@ -80,32 +84,34 @@ class Climber:
 
     def baselines(self, campaign: Campaign, allotment: Allotment, *, optimum: bool = True) -> dict[str, Candidate]:
         """What the search has to beat, recovered like its own: uniform quantization and the table's `optimum`."""
-        plans = baseline_plans(campaign, optimum=optimum)
-        return {name: self.recover(campaign, plan, FULL, allotment.baseline_epochs) for name, plan in plans.items()}
+        plans, found = baseline_plans(campaign, optimum=optimum), dict[str, Candidate]()
+        for name, plan in plans.items():
+            if not self.time_for_another():
+                self._tell(f"{len(found)} of {len(plans)} baselines to compare with")
+                break
+            found[name] = self.recover(campaign, plan, FULL, allotment.baseline_epochs)
+        return found
 
     def recover(self, campaign: Campaign, plan: Plan, rung: str, epochs: float) -> Candidate:
         """One recovery with progress, within the time limit."""
         clock, schedule = campaign.clock, replace(self.schedule, epochs=epochs)
         for attempt in range(_RESTARTS + 1):
-            begun = clock.now()
+            begun, known = clock.now(), self.recovery.has(plan, rung, schedule)
             last = attempt == _RESTARTS
             try:
                 found = self.recovery.recover(plan, rung, schedule, self._on_step(schedule, rung, guarded=not last))
                 break
             except _TooSlow as slow:
                 schedule = replace(schedule, epochs=0.0 if attempt == _RESTARTS - 1 else slow.epochs)
-                cut = f"{schedule.epochs:.2g} instead of {epochs:g} epochs for a model: training is slower than it was"
-                clock.cuts.append(cut)
-                campaign.progress.note(f"the time limit leaves {cut}")
-        spent = clock.now() - begun
-        if spent > found.seconds:  # else it was read from the run folder
-            clock.record("finishing", spent - found.seconds)
+                self._tell(f"{schedule.epochs:.2g} instead of {epochs:g} epochs for a model: training became slower")
+        if not known:
+            clock.record("finishing", max(0.0, clock.now() - begun - found.seconds))
             if rung != FULL and schedule.epochs:
                 clock.record("epoch", found.seconds / schedule.epochs)
         cost = campaign.describe(replace(found.plan, kept={}))
         what = f"{schedule.epochs:g} epochs" if schedule.epochs else "repaired"
-        known = f"; {self.recovery.cache.words}" if self.recovery.cache.hits else ""
-        campaign.progress.note(f"{what}: {found.metric:.4f} on validation at {cost}{known}")
+        answers = f"; {self.recovery.cache.words}" if self.recovery.cache.hits else ""
+        campaign.progress.note(f"{what}: {found.metric:.4f} on validation at {cost}{answers}")
         return found
 
     def _on_step(self, schedule: Training, rung: str, *, guarded: bool) -> OnStep:
@@ -149,8 +155,13 @@ class Climber:
 
     def _epoch_seconds(self) -> float:
         """What an epoch takes, from some steps with the original; the first ones are not counted."""
-        clock, times = self.campaign.clock, list[float]()
+        clock = self.campaign.clock
+        times = [clock.now()]
         self.recovery.time_steps(_STEPS, self.schedule, lambda _: times.append(clock.now()))
+        if len(times) > 2:
+            del times[0]
+        else:  # a loop of the user's own tells nothing of its steps
+            times = [*times, *[clock.now()] * (_STEPS + 1 - len(times))]
         return batches_in(self.campaign.bench.task) * (times[-1] - times[0]) / (len(times) - 1)
 
 

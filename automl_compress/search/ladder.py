@@ -120,6 +120,10 @@ class Recovery:
         self._losses = losses or parse_losses(DEFAULT)
         self.cache = AnswerCache()
 
+    def has(self, plan: Plan, rung: str, schedule: Training) -> bool:
+        """Whether `recover` would find the model in the run folder."""
+        return self._load(f"candidates/{rung}-{plan.key}", schedule, self._mode_at(rung)) is not None
+
     def recover(self, plan: Plan, rung: str, schedule: Training, on_step: OnStep | None = None) -> Candidate:
         """The recovered model of a plan at a rung, from the run folder if it is there.
 

@@ -17,7 +17,7 @@ LOOKS = 8
 
 def model(metric: float) -> Candidate:
     return Candidate(
-        plan=Plan(width=metric), ranges={}, metric=metric, weights=Path("w"), onnx=Path("m"), losses=(), seconds=0.0
+        plan=Plan(width=metric), ranges={}, metric=metric, weights=Path("w"), onnx=Path("m"), training=(), seconds=0.0
     )
 
 
