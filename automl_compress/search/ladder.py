@@ -25,6 +25,7 @@ from automl_compress.model.surgery import copy_model
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distillation.cache import AnswerCache
 from automl_compress.techniques.distillation.losses import DEFAULT, SOFT, Losses, parse_losses
@@ -216,6 +217,7 @@ class Recovery:
             resources=Resources(checkpoint=self._folder.file(*f"{name}.training".split("/"))),
             on_step=on_step,
             label=self.label(rung),
+            validate=validation_metric(bench.task) if schedule.average or schedule.patience else None,
         )
 
     def label(self, rung: str) -> str:

@@ -12,6 +12,7 @@ from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.identity import digest_of
 from automl_compress.search.ladder import FULL, Candidate, Recovery, plan_file, read_plan
@@ -55,6 +56,9 @@ def recover(
         require_task_file(task)
     progress.stage("loading the task")
     loaded = load(task, weights)
+    folder = Path(output) if output else Path("runs") / f"{task_name(task)}-recovered-{mode}"
+    if not isinstance(plan, Plan):
+        loaded = read_transferred(Path(plan).parent, loaded)
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
     bench = Workbench(loaded, graph, seed=seed)
@@ -65,7 +69,6 @@ def recover(
         if not path.is_file():
             raise InputError(f"plan {path}: no such file; a finished run has a plan.json")
         plan, _, bench.executions = read_plan(path, bench)
-    folder = Path(output) if output else Path("runs") / f"{task_name(task)}-recovered-{mode}"
     identity = {
         "task": digest_of(loaded),
         "graph": graph.fingerprint,

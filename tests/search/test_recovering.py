@@ -15,6 +15,7 @@ from automl_compress.errors import InputError, PlanError, RunFolderError
 from automl_compress.progress import PlainProgress
 from automl_compress.search.recovering import shown_by
 from automl_compress.techniques.training.log import StepReport
+from automl_compress.techniques.training.settings import Training
 from tests import tiny
 
 PLAN = Plan(sparsity={"block.conv1": 0.5, "down": 0.5}, bits={"down": 8})
@@ -33,6 +34,14 @@ def test_a_plan_is_recovered_in_a_mode_and_its_files_recover_it_again(tmp_path: 
     again = recover(tiny.task(), tmp_path / "a" / "plan.json", epochs=0, output=tmp_path / "b")
     assert again.plan.kept == found.plan.kept
     assert recover(tiny.task(), PLAN, mode="gradual", epochs=2, output=tmp_path / "a").metric == found.metric
+
+
+def test_settings_of_the_training_are_ones_own_and_validation_stops_it(tmp_path: Path) -> None:
+    training = Training(optimizer="adamw", learning_rate=1e-3, epochs=3, average=0.9, patience=1, validate_every=0.5)
+    found = recover(tiny.task(), Plan(sparsity={"down": 0.5}), training=training, output=tmp_path / "a")
+    (log,) = found.training
+    assert len(log["metrics"]) >= 2
+    assert log["metric"] == max(metric for _, metric in log["metrics"])
 
 
 def test_what_cannot_be_recovered_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

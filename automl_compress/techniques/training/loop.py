@@ -178,7 +178,9 @@ class _Run:
             self.images += len(batch[1]) * self.processes.count
             self.recorder.step(self.step, loss, learning_rate)
         if self.validating and (self.step % self.validating == 0 or self.step == self.steps):
+            before = randomness.capture(self.generators)
             self.keeper.look(last=self.step == self.steps)
+            randomness.restore(before, self.generators)  # validating draws nothing from what training draws from
             assert self.keeper.metric is not None
             self.recorder.metric(self.step, self.keeper.metric)
         if self.step % _GOOD_EVERY == 0 and self.watch.calm and not wrong:
