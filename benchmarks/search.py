@@ -38,7 +38,7 @@ def main() -> None:
     options.add_argument(
         "--evaluations", nargs="*", type=int, default=list(search_evaluations.COUNTS), help="of part a"
     )
-    options.add_argument("--minutes", type=float, help="of part a, after which no further search is begun")
+    options.add_argument("--minutes", type=float, help="after which parts a and c begin no further search or model")
     options.add_argument("--seeds", type=int, help="of part a (default 5; 1 with --quick)")
     options.add_argument("--epochs", nargs="*", type=float, default=[3, 10], help="of part c (default: 3 10)")
     options.add_argument("--routes", nargs="*", default=list(search_delivered.ALL_ROUTES), help="of part c")
@@ -75,6 +75,7 @@ def with_laboratory(
     figures: dict[str, Rows] = {}
     shares = given.budgets[: 1 if given.quick else None]
     counts = given.evaluations[: 1 if given.quick else None]
+    deadline = time.monotonic() + 60 * given.minutes if given.minutes else None
     seeds = given.seeds or (1 if given.quick else 5)
     if "a" in parts:
         figures["by_evaluations"] = search_evaluations.run(
@@ -84,7 +85,7 @@ def with_laboratory(
             shares=shares,
             counts=counts,
             seeds=seeds,
-            deadline=time.monotonic() + 60 * given.minutes if given.minutes else None,
+            deadline=deadline,
             progress=progress,
         )
     if "f" in parts:
@@ -98,6 +99,7 @@ def with_laboratory(
             routes=given.routes,
             seeds=seeds,
             steps=given.steps,
+            deadline=deadline,
             progress=progress,
         )
     return figures

@@ -3,7 +3,7 @@
 Every route is a ladder of cuts (`search_peers`), and the largest of them whose 8-bit model was measured within the
 budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search's plans come
 from part (a)'s run of the product's sampler; those that are within the budget when measured are judged by the product's
-own one-shot metric, the best of them by a short distillation, as in the product's ladder. Then all get the same
+own one-shot metric (the product would go on with short distillations of the best). Then all get the same
 distillation, calibration and export: the product's defaults without the last stage, training with rounding. Other
 routes start from the weights that they cut, the search's plan from its repaired ones. The test images are read once a
 model. In the end all models take turns in one run of bursts beside the original.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from automl_compress.progress import Progress
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
-from automl_compress.search.timing import rungs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
@@ -44,7 +44,7 @@ ALL_ROUTES = (OURS, *ROUTES, UNTOUCHED)
 STEPS = ("cuts", "finalists", "models", "timing")
 _AIM = 0.985  # of the budget: a model's latency is not the same in two runs
 _TURN = 8
-_FINALISTS, _SHORT = 5, 2
+_FINALISTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +93,17 @@ class Deliveries:
                 self._ratios.add(name, found[name])
                 self.progress.advance()
 
-    def items(self, shares: Sequence[float], epochs: Sequence[float], routes: Sequence[str]) -> list[Item]:
-        """What is to be delivered, the search first."""
-        found = []
+    def items(self, shares: Sequence[float], epochs: Sequence[float], routes: Sequence[str]) -> Iterator[Item]:
+        """What is to be delivered, one after the other."""
         for length in epochs:
-            for share in shares if OURS in routes else ():
-                plan = self._searched(share)
-                if plan is None:
-                    self.progress.note(f"no plan of a search at {share:.0%} is within the budget: run part a first")
-                    continue
-                found.append(Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}"))
-            for route in [route for route in routes if route != OURS]:
-                found += [self._cut(route, share, length) for share in shares]
-        return found
+            for route in routes:
+                for share in shares:
+                    if route != OURS:
+                        yield self._cut(route, share, length)
+                    elif plan := self._searched(share):
+                        yield Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}")
+                    else:
+                        self.progress.note(f"no plan of a search at {share:.0%} is within the budget: run part a first")
 
     def deliver(self, item: Item) -> None:
         """Recover, export and test one model, unless that was done."""
@@ -173,27 +171,19 @@ class Deliveries:
         return Item(route=route, share=share, epochs=epochs, plan=ladder[best], name=best)
 
     def _finalists(self, share: float) -> list[Plan]:
-        return best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[: 2 * _FINALISTS]
+        return best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[: 3 * _FINALISTS]
 
     def _searched(self, share: float) -> Plan | None:
-        """The search's choice: of its best plans that were measured within the budget, by one-shot metric, then by
-        short distillation."""
+        """The search's choice: of its best plans that were measured within the budget, by the product's one-shot
+        metric."""
         measured = [(p, self._ratios.known.get(f"{OURS}-{p.key}")) for p in self._finalists(share)]
-        pool = [plan for plan, latency in measured if latency is not None and latency <= _AIM * share]
-        if not pool:
-            return None
-        self.progress.stage(f"judging the search's finalists at {share:.0%}", len(pool[:_FINALISTS]))
-        for plan in pool[:_FINALISTS]:
+        pool = [plan for plan, latency in measured if latency is not None and latency <= _AIM * share][:_FINALISTS]
+        self.progress.stage(f"judging the search's finalists at {share:.0%}", len(pool))
+        for plan in pool:
             if plan.key not in self._one_shot.known:
                 self._one_shot.add(plan.key, self.laboratory.bench.one_shot(plan))
             self.progress.advance()
-        best = sorted(pool[:_FINALISTS], key=lambda plan: -self._one_shot.known[plan.key])[:_SHORT]
-        for plan in best:
-            if f"short {plan.key} {self._recipe}" not in self._one_shot.known:
-                model, full = self._recovered(OURS, plan, rungs(Training().epochs, 4)[0].epochs)
-                metric = self.laboratory.bench.metric(self.laboratory.bench.export(model, full), "validation")
-                self._one_shot.add(f"short {plan.key} {self._recipe}", metric)
-        return max(best, key=lambda plan: float(self._one_shot.known[f"short {plan.key} {self._recipe}"]))
+        return max(pool, key=lambda plan: float(self._one_shot.known[plan.key]), default=None)
 
     def _recovered(self, route: str, plan: Plan, epochs: float) -> tuple[nn.Module, Plan]:
         """Trained as the product does by default, from the repaired model for the search alone."""
@@ -238,11 +228,13 @@ def run(
     routes: Sequence[str],
     seeds: int,
     steps: Sequence[str] = STEPS,
+    deadline: float | None = None,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """What the search of part (a) found with each of `seeds`, and the other routes.
 
     The steps that are named: `models` trains, the others measure and want an idle core.
+    After `deadline` (of `time.monotonic`) no further model is begun.
     """
     deliveries = Deliveries(laboratory, cache, progress, seeds=seeds)
     if "cuts" in steps:
@@ -252,8 +244,9 @@ def run(
         deliveries.measure_finalists(shares)
     if not {"models", "timing"} & set(steps):
         return []
-    items = deliveries.items(shares, epochs, routes)
     if "models" in steps:
-        for item in items:
+        for item in deliveries.items(shares, epochs, routes):
+            if deadline is not None and time.monotonic() > deadline:
+                break
             deliveries.deliver(item)
-    return deliveries.rows(items) if "timing" in steps else []
+    return deliveries.rows(list(deliveries.items(shares, epochs, routes))) if "timing" in steps else []
