@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,6 +61,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, help=f"trainings a row (default {SEEDS}; 1 with --quick)")
     options.add_argument("--epochs", type=float, help="of each training (default 3; 0.1 with --quick)")
     options.add_argument("--runs", type=Path, default=Path("runs/recovery"), help="where trainings are kept")
+    options.add_argument("--finished", action="store_true", help="train nothing: rows of the trainings that are there")
     given = options.parse_args()
     epochs = given.epochs if given.epochs is not None else (0.1 if given.quick else 3.0)
     seeds = given.seeds or (1 if given.quick else SEEDS)
@@ -69,7 +71,9 @@ def main() -> None:
     rows = []
     for name in given.recipe or RECIPES:
         for share in SHARES:
-            rows.append(row(name, [laboratory.trained(name, share, seed) for seed in range(seeds)]))
+            ask = laboratory.known if given.finished else laboratory.trained
+            found = [training for seed in range(seeds) if (training := ask(name, share, seed)) is not None]
+            rows += [row(name, found)] if found else []
     write_rows(given.json, "recovery", rows, quick=given.quick)
 
 
@@ -108,19 +112,27 @@ class Laboratory:
         self.graph = trace(task.model, task.example_inputs)
         self.bench = Workbench(self.task, self.graph)
 
+    def known(self, name: str, share: int, seed: int) -> dict[str, Any] | None:
+        """What came of a training by the same recipe and number of epochs, if it was done."""
+        path = self._record(name, share, seed)
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("asked") == self._asked(name) else None
+
     def trained(self, name: str, share: int, seed: int) -> dict[str, Any]:
-        """What came of a training; it is done if there is no record of the same recipe and number of epochs."""
-        recipe = RECIPES[name]
-        asked = json.loads(json.dumps({"epochs": self.epochs, "rounds": self.rounds, **asdict(recipe)}))
-        path = self.folder / f"{share}-{name.replace(' ', '-').replace(',', '')}-{seed}.json"
-        if path.exists():
-            known: dict[str, Any] = json.loads(path.read_text())
-            if known["asked"] == asked:
-                return known
-        found = {**self._train(recipe, share, seed), "asked": asked}
-        write(path, json.dumps(found, indent=1).encode())
+        """What came of a training; it is done if that isn't known."""
+        known = self.known(name, share, seed)
+        if known is not None:
+            return known
+        found = {**self._train(RECIPES[name], share, seed), "asked": self._asked(name)}
+        write(self._record(name, share, seed), json.dumps(found, indent=1).encode())
         print(f"{share} % {name}, seed {seed}: {found['accuracy']:.2%} ({found['seconds']:.0f} s)", flush=True)
         return found
+
+    def _record(self, name: str, share: int, seed: int) -> Path:
+        return self.folder / f"{share}-{name.replace(' ', '-')}-{seed}.json"
+
+    def _asked(self, name: str) -> dict[str, Any]:
+        return {"epochs": self.epochs, "rounds": self.rounds, **asdict(RECIPES[name])}
 
     def _train(self, recipe: Recipe, share: int, seed: int) -> dict[str, Any]:
         from automl_compress.core.plan import Plan
@@ -187,9 +199,10 @@ class Laboratory:
 
     def _accuracy(self, model: Any, plan: Any, found: Any) -> float:
         """Of the ONNX file, on the test images."""
-        path = self.folder / "evaluated.onnx"
-        write(path, self.bench.export(model, plan, found).SerializeToString())
-        return test_accuracy(path, self.task)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(self.bench.export(model, plan, found).SerializeToString())
+            return test_accuracy(path, self.task)
 
     def _one_shot(self, share: int, seed: int) -> tuple[dict[str, Any], Path]:
         """Plan and share of the multiply-adds, and the file of weights, of the repaired model before training."""
