@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search import outcome
 from automl_compress.search.cheapest import cheapest_model
+from automl_compress.search.contenders import make_student
 from automl_compress.search.directions import best_model
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.forecast import PROFILE, Forecast
 from automl_compress.search.foresight import Foreseen, foresee
 from automl_compress.search.front import front_models
 from automl_compress.search.known import profile_names, read_run, rebudgeted
-from automl_compress.search.ladder import read_plan, rebuild, stored_quantization
+from automl_compress.search.ladder import read_plan, rebuild, stored_quantization, student_width
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
 from automl_compress.search.settings import DEFAULT_TRIALS, default_folder, effective_config, make_settings
@@ -54,6 +56,7 @@ def compress(
     sampler: str = "budget",
     distillation: str = DEFAULT,
     recovery: str = DEFAULT_MODE,
+    students: str | None = None,
     weights: str | Path | None = None,
     storage: str | None = None,
     max_failed: float = 0.5,
@@ -76,6 +79,8 @@ def compress(
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
     distillation   what candidates learn from the original, names joined by '+', as `distillation.losses` says
     recovery  how they are trained in the end, as `recovery.names` says
+    students  who competes with them in the end, joined by '+': 'scratch' (the best plan's structure from fresh
+              weights), 'own' (the task's student(width); the default where the task has one), or 'inherited' alone
     timeout   seconds for everything; what doesn't fit is cut short, and said
     storage   an Optuna storage to share the study in; `work` joins it
     max_failed     share of one-shot trials that may fail
@@ -106,6 +111,7 @@ def compress(
         max_failed=max_failed,
         distillation=distillation,
         recovery=recovery,
+        students=students,
         weights=weights,
         storage=storage,
     )
@@ -325,7 +331,10 @@ def replay(
         if not path.is_file():
             raise PlanError(f"{path}: no such file; only a run that delivered a model can be replayed")
     loaded = read_transferred(run, load(task, weights))
-    bench = Workbench(loaded, trace(loaded.model, loaded.example_inputs))
+    width = student_width(plan_path)
+    if width is not None:
+        loaded = replace(loaded, model=make_student(loaded, width, seed=0))
+    bench = Workbench(loaded, trace(loaded.model.eval(), loaded.example_inputs))
     plan, ranges, bench.executions = read_plan(plan_path, bench)
     target = Path(output) if output else run / "replayed.onnx"
     found = stored_quantization(weights_path, ranges)

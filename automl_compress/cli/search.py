@@ -19,6 +19,7 @@ from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.recovery.names import NAMES as MODES
+from automl_compress.recovery.students import parse_students
 from automl_compress.techniques.distillation.losses import DEFAULT, MIXED, NAMES, parse_losses
 
 EXIT_CODES = {"met": 0, "infeasible": 3, "estimated": 4, "interrupted": 130}
@@ -69,6 +70,9 @@ def _search(
     distillation: Annotated[
         str, typer.Option(metavar="LOSSES", help=f"What is learned, joined by +: {', '.join((*NAMES, MIXED))}.")
     ] = DEFAULT,
+    students: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Who competes with the cut model: scratch, own, scratch+own.")
+    ] = None,
     weights: Weights = None,
     storage: Annotated[str | None, typer.Option(metavar="URL", help="Optuna storage to share the study in.")] = None,
     as_json: Json = False,
@@ -81,6 +85,7 @@ def _search(
     def run(api: Any) -> int:
         parse_losses(distillation)
         check_mode(recovery)
+        parse_students(students)
         aim = parse_aim(max_drop, min_metric, front, minimise)
         parse_budget(latency, size, memory, required=aim is None)
         if worker and aim is not None:
@@ -104,6 +109,7 @@ def _search(
             "max_failed": max_failed,
             "distillation": distillation,
             "recovery": recovery,
+            "students": students,
             "weights": weights,
             "storage": storage,
             "output": output,

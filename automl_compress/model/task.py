@@ -50,6 +50,8 @@ class Task:
     example_inputs  one batch of inputs to trace with; the first validation batch by default
     train_loop      a training loop to use instead of the program's own, called with a
                     `techniques.training.own_loop.Work`; it trains `work.model` in place
+    student         student(width) -> an untrained network of your own, which competes with what is cut from the model;
+                    in a task file a function `student` beside `task`
     transfer        the model was trained for other classes: what it needs before it is the teacher of these
     """
 
@@ -61,6 +63,7 @@ class Task:
     metric: Metric | None = None
     example_inputs: Any = None
     train_loop: Callable[[Any], Any] | None = None
+    student: Callable[[float], nn.Module] | None = None
     transfer: Transfer | None = None
 
     @property
@@ -106,6 +109,9 @@ def load_task(spec: str, *, weights: Path | None = None) -> Task:
         raise TaskError(f"{source}: {name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(task, Task):
         raise TaskError(f"{source}: {name}() returned {type(task).__name__}; it must return automl_compress.Task")
+    student = getattr(module, "student", None)
+    if task.student is None and callable(student):
+        task = replace(task, student=student)
     return prepare(task, weights=weights)
 
 
@@ -122,6 +128,8 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
         raise TaskError(f"task: model must be a torch.nn.Module, found {type(task.model).__name__}")
     if task.train_loop is not None and not callable(task.train_loop):
         raise TaskError(f"task: train_loop must be callable, found {type(task.train_loop).__name__}")
+    if task.student is not None and not callable(task.student):
+        raise TaskError(f"task: student must be a function student(width), found {type(task.student).__name__}")
     if weights is not None:
         load_weights(task.model, weights)
     if task.transfer is not None:

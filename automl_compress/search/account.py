@@ -9,6 +9,7 @@ from typing import Any
 import optuna.trial
 from optuna.trial import TrialState
 
+from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.verify import ExecutedLayer
 from automl_compress.search.campaign import Campaign
@@ -52,6 +53,31 @@ def layer_rows(
         if layer.name in runs:
             row |= {"asked": runs[layer.name].asked, "runs": runs[layer.name].operator}
         rows.append({**row, "why": "; ".join(_reasons(campaign, plan, layer.name, frozen, runs))})
+    return tuple(rows)
+
+
+def own_rows(
+    graph: Graph, plan: Plan, width: float, executed: tuple[ExecutedLayer, ...]
+) -> tuple[Mapping[str, Any], ...]:
+    """One row a layer of a student of the task's own: what runs, in how many bits."""
+    runs = {layer.layer: layer for layer in executed}
+    rows = []
+    for layer in graph.layers:
+        row: dict[str, Any] = {
+            "name": layer.name,
+            "kind": layer.kind,
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "kept_in": layer.in_channels,
+            "kept_out": layer.out_channels,
+            "bits": plan.layer_bits(layer.name),
+            "macs": layer.macs,
+            "kept_macs": layer.macs,
+            "why": f"of student({width:g})",
+        }
+        if layer.name in runs:
+            row |= {"asked": runs[layer.name].asked, "runs": runs[layer.name].operator}
+        rows.append(row)
     return tuple(rows)
 
 

@@ -16,7 +16,7 @@ from automl_compress.deploy.verify import check_float, check_quantized, executed
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.savings import measure_savings, offers
 from automl_compress.hardware.timer import ratio
-from automl_compress.search.account import layer_rows
+from automl_compress.search.account import layer_rows, own_rows
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.ladder import Candidate
 from automl_compress.techniques.sparsify import compressed_bytes, masks_in_force, zero_shares
@@ -60,7 +60,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
 
     Raises ExportError if ONNX Runtime and PyTorch disagree.
     """
-    bench, device = campaign.bench, campaign.device
+    bench, device = candidate.bench or campaign.bench, campaign.device
     campaign.progress.stage("verifying on the device" if device.measures else "verifying, without the device")
     model = onnx.load(candidate.onnx)
     inputs = tuple(part[:8].float() if part.is_floating_point() else part[:8] for part in bench.samples[0])
@@ -77,7 +77,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     timings = device.compare(paths)
     metrics = {"delivered": candidate.metric, **{name: b.metric for name, b in baselines.items()}}
     metrics["original"] = campaign.original_metric()
-    plans = {"delivered": candidate.plan, **{name: b.plan for name, b in baselines.items()}}
+    plans = {name: b.plan for name, b in {"delivered": candidate, **baselines}.items() if b.bench is None}
     masked = bool(masks_in_force(bench.graph, candidate.plan))
     figures = {
         name: Figures(
@@ -115,7 +115,9 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
         delivered=delivered,
         baselines=figures,
         budget=Budget.resolve(campaign.limits, _cost(original)),
-        layers=layer_rows(campaign, candidate.plan, executed, zeros),
+        layers=layer_rows(campaign, candidate.plan, executed, zeros)
+        if candidate.width is None
+        else own_rows(bench.graph, candidate.plan, candidate.width, executed),
         notes=tuple(notes),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from automl_compress.errors import CompressError, ExportError
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.climb import Climber, baseline_plans, within_budget
+from automl_compress.search.contenders import Contenders
 from automl_compress.search.deliver import Verified, verify
 from automl_compress.search.finalists import finalists
 from automl_compress.search.ladder import Candidate
@@ -20,22 +21,25 @@ def best_model(campaign: Campaign, settings: Settings) -> Found:
     Raises InfeasibleError where nothing was found that meets the budget.
     """
     trials, climber = int(settings.options["trials"]), Climber(campaign, settings)
+    contenders = Contenders(campaign, settings)
     for attempt in range(DELIVERIES):
         beside = len(baseline_plans(campaign))
         plans = finalists(campaign, trials + attempt, climber.allot(trials, baselines=beside).exploring)
         allotment = climber.allot(0, baselines=beside)
         finished = climber.climb(campaign, plans, allotment)
         beaten = climber.baselines(campaign, allotment)
-        best = max([finished, *within_budget(campaign, beaten)], key=lambda candidate: candidate.metric)
+        others = contenders.finished(finished)
+        best = max([finished, *within_budget(campaign, beaten), *others], key=lambda candidate: candidate.metric)
         verified = verified_or_rejected(campaign, best, beaten)
         if verified is not None:
             return best, verified
+        contenders.reject(best)
     raise none_left(campaign, DELIVERIES)
 
 
 def verified_or_rejected(campaign: Campaign, candidate: Candidate, beaten: dict[str, Candidate]) -> Verified | None:
     """A finished model's figures if it is sound and within the budget; else None, and the search knows why."""
-    key = candidate.plan.key
+    key = candidate.plan.key if candidate.width is None else f"student({candidate.width:g})"
     try:
         verified = verify(campaign, candidate, beaten)
     except ExportError as error:
@@ -45,7 +49,8 @@ def verified_or_rejected(campaign: Campaign, candidate: Candidate, beaten: dict[
     if verified.met:
         return verified
     campaign.progress.note("the finished model missed the budget; the search goes on")
-    campaign.measured.remember(candidate.plan, verified.beside(campaign.original))
+    if candidate.width is None:
+        campaign.measured.remember(candidate.plan, verified.beside(campaign.original))
     return None
 
 

@@ -196,6 +196,7 @@ _INHERITED = (
     "max_failed",
     "distillation",
     "recovery",
+    "students",
     "weights",
 )
 _FEWER_TRIALS = 4

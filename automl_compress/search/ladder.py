@@ -54,6 +54,7 @@ class Candidate:
     """A plan's recovered model: its selected channels, activation ranges, validation metric, weights and ONNX file.
 
     training  what was trained for it, a `TrainingLog.to_json` each
+    width, bench  of a student of the task's own: what it was made with, and the workbench whose original it is
     """
 
     plan: Plan
@@ -64,10 +65,12 @@ class Candidate:
     training: tuple[Mapping[str, Any], ...]
     seconds: float
     notes: tuple[str, ...] = ()
+    bench: Workbench | None = None
+    width: float | None = None
 
     def model(self, bench: Workbench) -> nn.Module:
         """The PyTorch model, rebuilt from the original, the plan and the weights."""
-        return rebuild(bench, self.plan, self.weights)
+        return rebuild(self.bench or bench, self.plan, self.weights)
 
 
 def rebuild(bench: Workbench, plan: Plan, weights: Path) -> nn.Module:
@@ -104,21 +107,46 @@ def read_plan(path: Path, bench: Workbench) -> tuple[Plan, dict[str, Limits], Ex
     return Plan.from_json(data, bench.graph), ranges, executions or DEFAULT_EXECUTIONS
 
 
+def student_width(path: Path) -> float | None:
+    """The width of the task's own student that a plan file belongs to; None for the original's. Raises PlanError."""
+    try:
+        width = json.loads(path.read_text(encoding="utf-8")).get("student")
+        return None if width is None else float(width)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PlanError(f"{path}: can't be read as a plan ({error})") from error
+
+
 def plan_file(candidate: Candidate, bench: Workbench) -> dict[str, Any]:
-    """What `read_plan` reads: with the original and the weights, all that makes the delivered model again."""
+    """What `read_plan` reads: with the original and the weights, all that makes the delivered model again.
+
+    A student of the task's own is told by `student`, its width; the plan is then that network's.
+    """
+    bench = candidate.bench or bench
     ranges = {value: list(limits) for value, limits in candidate.ranges.items()}
     executions = [[kind, bits, how] for (kind, bits), how in sorted(bench.executions.items())]
-    return {**candidate.plan.to_json(bench.graph), "ranges": ranges, "executions": executions}
+    own = {} if candidate.width is None else {"student": candidate.width}
+    return {**candidate.plan.to_json(bench.graph), "ranges": ranges, "executions": executions, **own}
 
 
 class Recovery:
-    """Recovers plans and keeps each result in the run folder, so that none is ever trained twice."""
+    """Recovers plans and keeps each result in the run folder, so that none is ever trained twice.
+
+    contender  what is recovered competes under this name with the plans' own models: it is kept apart from them, and
+               the repaired model doesn't stand in for it
+    """
 
     def __init__(
-        self, bench: Workbench, folder: RunFolder, losses: Losses | None = None, mode: str = DEFAULT_MODE
+        self,
+        bench: Workbench,
+        folder: RunFolder,
+        losses: Losses | None = None,
+        mode: str = DEFAULT_MODE,
+        *,
+        contender: str = "",
     ) -> None:
         self._bench, self._folder, self._mode = bench, folder, check_mode(mode)
         self._losses = losses or parse_losses(DEFAULT)
+        self._contender = contender
         self.cache = AnswerCache()
 
     def has(self, plan: Plan, rung: str, schedule: Training) -> bool:
@@ -131,7 +159,8 @@ class Recovery:
         Its metric is that of the ONNX model on all validation data. Should distillation make it worse than the one-shot
         repair, it is the repaired model that counts.
         """
-        name = f"candidates/{rung}-{plan.key}"
+        stem = "-".join(filter(None, (self._contender, rung, plan.key)))
+        name = f"candidates/{stem}"
         known = self._load(name, schedule, self._mode_at(rung))
         if known is not None:
             return known
@@ -156,7 +185,7 @@ class Recovery:
                     logs.append(log)
                 if after > reached:
                     better, trained, reached = learned, rounded, after
-            if reached >= metric:
+            if reached >= metric or self._contender:
                 exported, metric, found = trained, reached, better
             else:  # a schedule that is too short or too hot can undo what the one-shot repair had reached
                 model, full = bench.student(plan)
@@ -179,7 +208,7 @@ class Recovery:
         }
         self._folder.write_json(f"{name}.json", record)  # last: its presence says that the others are complete
         for part in ("training", "rounding"):
-            for checkpoint in self._folder.file(*name.split("/")).parent.glob(f"{rung}-{plan.key}.{part}*"):
+            for checkpoint in self._folder.file(*name.split("/")).parent.glob(f"{stem}.{part}*"):
                 checkpoint.unlink()
         return Candidate(
             plan=full,
@@ -224,7 +253,7 @@ class Recovery:
         """A training's name. It says what is learned where that isn't the default: a checkpoint of other losses is
         another training's."""
         what = "" if str(self._losses) == DEFAULT else f" ({self._losses})"
-        return f"{rung} distillation{what}"
+        return f"{f'{self._contender}, ' if self._contender else ''}{rung} distillation{what}"
 
     def time_steps(self, steps: int, schedule: Training, on_step: OnStep) -> None:
         """Train a copy of the original for some steps, for nothing but the time that they take."""

@@ -14,6 +14,7 @@ from automl_compress.core.budget import Limit, parse_budget, share_of
 from automl_compress.core.goal import Front, Goal, parse_aim
 from automl_compress.errors import InputError
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.students import parse_students
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.timing import Clock
 from automl_compress.techniques.distillation.losses import DEFAULT, Losses, parse_losses
@@ -96,6 +97,7 @@ def make_settings(
     max_failed: float = 0.5,
     distillation: str = DEFAULT,
     recovery: str = DEFAULT_MODE,
+    students: str | None = None,
     weights: Any = None,
     **others: Any,
 ) -> Settings:
@@ -104,6 +106,7 @@ def make_settings(
     limits = parse_budget(latency, size, memory, required=aim is None)
     parse_losses(distillation)
     check_mode(recovery)
+    parse_students(students)
     if not 0 <= max_failed <= 1:
         raise InputError(f"--max-failed {max_failed:g} must be a share from 0 to 1")
     options = {
@@ -120,6 +123,7 @@ def make_settings(
         "max_failed": max_failed,
         "distillation": distillation,
         "recovery": recovery,
+        "students": students,
         "weights": str(weights) if weights else None,
         **others,
     }

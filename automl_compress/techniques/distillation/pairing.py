@@ -60,6 +60,26 @@ def pair_layers(graph: Graph, plan: Plan, model: nn.Module) -> tuple[Pair, ...]:
     return tuple(pair for pairs in by_resolution.values() for pair in _spread(pairs))
 
 
+def pair_by_resolution(student: Graph, teacher: Graph, model: nn.Module, original: nn.Module) -> tuple[Pair, ...]:
+    """The pairs of a student of any other architecture: for each resolution that layers of both read, the last layer
+    of either kind, convolution or linear. Their channels have nothing in common, so an adapter is learned."""
+    last: list[dict[tuple[int, tuple[int, ...]], Layer]] = []
+    for graph, network in ((student, model), (teacher, original)):
+        inputs = {shape[1:] for shape in graph.input_shapes}
+        layers = [x for x in graph.layers if x.input_shape[1:] not in inputs and is_watchable(network, x)]
+        last.append({(_channel_dim(layer), _positions(layer, _channel_dim(layer))): layer for layer in layers})
+    return tuple(
+        Pair(
+            student=last[0][place].name,
+            teacher=last[1][place].name,
+            channel_dim=place[0],
+            widths=(last[0][place].input_shape[place[0]], last[1][place].input_shape[place[0]]),
+        )
+        for place in last[0]
+        if place in last[1]
+    )
+
+
 def is_watchable(model: nn.Module, layer: Layer) -> bool:
     """Whether the layer is a standard module's, so that what the module reads is what the layer reads."""
     owner = dict(model.named_modules(remove_duplicate=False)).get(layer.name)
