@@ -113,7 +113,7 @@ def test_search_passes_every_option_on() -> None:
         "search a/task.py:make --latency 40% --size 300KB --memory 2MB -o out --profile p --space s --trials 7 "
         "--device ssh://pi@board:2222 "
         "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --distillation soft+dist=2 --recovery gradual "
-        "--weights w.pt --storage sqlite:///x.db --quiet"
+        "--students scratch+own --weights w.pt --storage sqlite:///x.db --quiet"
     )
     assert main(line.split(), api=api) == 0
     [(name, args, options)] = api.calls
@@ -134,6 +134,7 @@ def test_search_passes_every_option_on() -> None:
         "sampler": "TPESampler",
         "distillation": "soft+dist=2",
         "recovery": "gradual",
+        "students": "scratch+own",
         "weights": Path("w.pt"),
         "storage": "sqlite:///x.db",
         "max_failed": 0.5,

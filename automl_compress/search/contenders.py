@@ -46,10 +46,8 @@ class Contenders:
 
     def __init__(self, campaign: Campaign, settings: Settings) -> None:
         self._campaign, self._settings = campaign, settings
-        factory = campaign.bench.task.student
-        self.names = parse_students(settings.options.get("students"), has_own=factory is not None)
-        if OWN in self.names:
-            require_own(factory)
+        has_own = campaign.bench.task.student is not None
+        self.names = parse_students(settings.options.get("students"), has_own=has_own)
         self._own: Candidate | None = None
         self._own_is_known = False
 

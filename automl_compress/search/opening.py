@@ -16,6 +16,7 @@ from automl_compress.hardware.remote import link_to
 from automl_compress.model.task import Task, load_task, prepare, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
+from automl_compress.recovery.students import OWN, parse_students, require_own
 from automl_compress.recovery.transfer import in_words, transfer_in
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.evaluate import Workbench
@@ -87,6 +88,8 @@ def _campaign_on(
     options, device_profile = settings.options, device.profile
     progress.stage("loading the task")
     loaded = load(task, options.get("weights"))
+    if OWN in parse_students(options.get("students")):
+        require_own(loaded.student)
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
     offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.searched)

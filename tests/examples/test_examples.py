@@ -47,6 +47,16 @@ def test_the_transfer_example_learns_its_new_classes() -> None:
     assert float(run(EXAMPLES / "digits", "-c", check)) > 0.95
 
 
+def test_the_student_example_answers_like_its_teacher_at_any_width() -> None:
+    check = (
+        "from automl_compress.model.task import load_task; from automl_compress.search.contenders import make_student\n"
+        "t = load_task('student.py')\n"
+        "print(*(sum(p.numel() for p in make_student(t, width, 0).parameters()) for width in (1, .5)))"
+    )
+    wide, narrow = (int(count) for count in run(EXAMPLES / "digits", "-c", check).split())
+    assert narrow < wide / 3
+
+
 def batch_bytes(pixels: bytes, labels: list[int]) -> bytes:
     """A stream as in the standard CIFAR-10 files: a dictionary of a byte string and a list of numbers, protocol 2."""
     text = lambda value: b"U" + bytes([len(value)]) + value  # noqa: E731

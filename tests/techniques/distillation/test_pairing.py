@@ -12,7 +12,7 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.model.trace import trace
 from automl_compress.techniques.distillation.features import layer_inputs, same_channels
-from automl_compress.techniques.distillation.pairing import pair_layers
+from automl_compress.techniques.distillation.pairing import pair_by_resolution, pair_layers
 from automl_compress.techniques.prune import apply_plan
 from tests.model import architectures, networks
 
@@ -116,3 +116,15 @@ def test_convolutions_in_groups_are_compared_only_where_their_input_is_whole() -
         for pair in pairs:
             width = mine[pair.student].shape[1]
             assert width == (graph.layer[pair.student].in_channels if pair.channels is None else len(pair.channels))
+
+
+def test_another_architecture_is_paired_by_resolution_through_adapters() -> None:
+    model, graph = traced("ResNet")
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    other.append(nn.Linear(6, 5))
+    pairs = pair_by_resolution(trace(other.eval(), (X,)), graph, other, model)
+    assert [(p.student, p.teacher, p.channel_dim, p.widths) for p in pairs] == [
+        ("1", "second.project", 1, (5, 8)),
+        ("4", "head", -1, (6, 12)),
+    ]
