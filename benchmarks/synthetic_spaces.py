@@ -156,3 +156,67 @@ def _group(name: str, size: int, producers: list[str], consumers: list[str]) -> 
             *(Place(tensor=f"{layer}.weight", dim=1, positions=ones, role="consumer") for layer in consumers),
         ),
     )  # fmt: skip
+
+
+def lower_bound(graph: Any, space: Any, table: Any, limits: dict[str, float]) -> float:
+    """A loss that no plan within `limits` is below: the best Lagrangian bound. For the networks of this module."""
+    from scipy.optimize import minimize
+
+    metrics = list(limits)
+    parts = _Parts(graph, space, table, metrics)
+    scale = parts.scale / np.array([limits[m] for m in metrics])
+
+    def negative(logs: Any) -> float:
+        prices = scale * np.exp(logs)
+        return -(parts.least(prices) - float(prices @ np.array([limits[m] for m in metrics])))
+
+    starts = [np.full(len(metrics), value) for value in (-6.0, -4.0, -2.0, 0.0)]
+    start = min(starts, key=negative)
+    found = minimize(negative, start, method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-9, "maxiter": 400})
+    return -float(found.fun)
+
+
+class _Parts:
+    """Loss and cost of every part of a network at every position of its stage, so that prices give exact minima."""
+
+    def __init__(self, graph: Any, space: Any, table: Any, metrics: list[str]) -> None:
+        self._graph, self._space, self._table, self._metrics = graph, space, table, metrics
+        self.scale = sum(max(v for k, v in table.quality.items() if k[0] == d.name) for d in space.decisions)
+        self._cases = {layer.name: self._layer(layer) for layer in graph.layers}
+        self._loss = {
+            g.name: np.array([table.quality[f"sparsity.{g.name}", o] for o in space.options(f"sparsity.{g.name}")])
+            for g in graph.groups
+        }
+
+    def least(self, prices: Any) -> float:
+        """The least loss plus priced cost of any plan: minima within blocks, then along the chain of stages."""
+        value = {name: (loss + cost @ prices).min(axis=2) for name, (loss, cost) in self._cases.items()}
+        chain = np.zeros(1)
+        for stage in range(_STAGES):
+            stream = f"stage{stage}"
+            here = self._loss[stream].copy()
+            for block in self._graph.blocks:
+                if block.name.startswith(f"{stream}."):
+                    one, two, three = (value[f"{block.name}.conv{i}"] for i in (1, 2, 3))
+                    inner = one[:, :, None] + (two + self._loss[f"{block.name}.a"][:, None])[None]
+                    inner = inner.min(axis=1) + self._loss[f"{block.name}.b"][None]
+                    present = (inner + three.T).min(axis=1)
+                    here += np.minimum(present, self._table.quality[f"drop.{block.name}", True])
+            chain = (chain[:, None] + value[f"{stream}.enter"]).min(axis=0) + here
+        fixed = np.array([self._table.fixed.of(m) for m in self._metrics])
+        return float((chain + value["head"][:, 0]).min() + fixed @ prices)
+
+    def _layer(self, layer: Any) -> tuple[Any, Any]:
+        """(input, output, bits) -> loss of the bits, and costs over metrics."""
+        bits = self._space.options(f"bits.{layer.name}")
+        shapes = [[(i, o, b) for b in bits] for i in self._ordered(layer, "in") for o in self._ordered(layer, "out")]
+        size = (len(self._ordered(layer, "in")), len(self._ordered(layer, "out")), len(bits))
+        cost = np.array(
+            [[[self._table.cost(layer.name, s).of(m) for m in self._metrics] for s in row] for row in shapes]
+        )
+        loss = np.array([self._table.quality[f"bits.{layer.name}", b] for b in bits])
+        return np.broadcast_to(loss, size), cost.reshape(*size, len(self._metrics))
+
+    def _ordered(self, layer: Any, side: Any) -> list[int]:
+        """Widths in the order of the group's options."""
+        return sorted(_widths(self._space, self._graph, layer, side), reverse=True)

@@ -90,22 +90,26 @@ class TableArrays:
         place += self._out_index[self._out_first[layers] + outputs]
         return place
 
+    def costs(self, states: States) -> Floats:
+        """(row, metric) -> cost, what is fixed included."""
+        here = self.gone(states.drop)[0] == 0
+        place = self.places(*self.widths(states.position))
+        total: Floats = (self.cost[:, place, states.bits] * here).sum(axis=2).T + self.fixed
+        return total
+
     def total(self, states: States, losses: Losses) -> tuple[Floats, Floats]:
         """(loss, cost by metric) of every state, what is fixed included."""
         rows = np.arange(len(states))[:, None]
         layers_gone, knobs_gone = self.gone(states.drop)
-        here = layers_gone == 0
-        place = self.places(*self.widths(states.position))
-        cost = (self.cost[:, place, states.bits] * here).sum(axis=2).T + self.fixed
-        loss = (losses.bits[rows, np.arange(len(self.layers)), states.bits] * here).sum(axis=1)
+        loss = (losses.bits[rows, np.arange(len(self.layers)), states.bits] * (layers_gone == 0)).sum(axis=1)
         loss += (losses.knobs[rows, self.first + states.position] * (knobs_gone == 0)).sum(axis=1)
-        counted = states.drop & ~((states.drop.astype(np.int64) @ self.inside) > 0)
-        return loss + np.where(counted, losses.drop, 0.0).sum(axis=1), cost
+        counted = states.drop & ~((states.drop.astype(float) @ self._inside) > 0)
+        return loss + np.where(counted, losses.drop, 0.0).sum(axis=1), self.costs(states)
 
     def plain(self, states: States) -> States:
         """The same plans, with what is gone at its first choice: equal plans have equal rows."""
         layers_gone, knobs_gone = self.gone(states.drop)
-        drop = states.drop & ~((states.drop.astype(np.int64) @ self.inside) > 0)
+        drop = states.drop & ~((states.drop.astype(float) @ self._inside) > 0)
         return States(np.where(knobs_gone > 0, 0, states.position), np.where(layers_gone > 0, 0, states.bits), drop)
 
     def digests(self, states: States) -> list[bytes]:
@@ -199,6 +203,7 @@ class TableArrays:
         self.inside: Ints = np.array([[inner < outer for inner in blocks] for outer in blocks], dtype=np.int64).reshape(
             len(blocks), len(blocks)
         )
+        self._inside = self.inside.astype(float)
         offered = [self.space.options(f"drop.{name}") for name in self.blocks]
         self._droppable: Bools = np.array([True in each for each in offered], dtype=bool)
         self.always: Bools = np.array([each == (True,) for each in offered], dtype=bool)
@@ -255,7 +260,9 @@ class TableArrays:
             columns.append(len(outputs))
             grid = np.array([(i, o) for i in inputs for o in outputs], dtype=np.int64)
             if _tied_sides(layer) and len(outputs) == 1:
-                grid = np.array([(i, self._tied_width(layer, i)) for i in inputs], dtype=np.int64)
+                grid = np.array(
+                    [(i, max(1, round(layer.out_channels * i / layer.in_channels))) for i in inputs], dtype=np.int64
+                )
             prices = np.zeros((len(grid), len(ADDITIVE), most))
             for at, bits in enumerate(self.bits[column]):
                 prices[:, :, at] = self.table.costs(layer.name, grid, bits)
@@ -286,9 +293,6 @@ class TableArrays:
                 widths = [widths[i] for i in np.linspace(0, len(widths) - 1, _GRID).round().astype(int)]
             found.append(widths)
         return (found[0], [layer.out_channels]) if _tied_sides(layer) else (found[0], found[1])
-
-    def _tied_width(self, layer: Layer, inputs: int) -> int:
-        return max(1, round(layer.out_channels * inputs / layer.in_channels))
 
     def _index_losses(self) -> None:
         self.keys: list[QualityKey] = []

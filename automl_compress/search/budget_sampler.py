@@ -288,7 +288,7 @@ class BudgetSampler(BaseSampler):
         for number, states in parts:
             decoder = self._proposals[number].decoder
             features.append(self._columns.features(decoder, number, states))
-            costs.append(decoder.arrays.total(states, decoder.arrays.losses([{}] * len(states)))[1])
+            costs.append(decoder.arrays.costs(states))
         return _Pool(parts, np.concatenate(features), np.concatenate(costs))
 
     def _worth(self, surrogate: Surrogate | None, pool: _Pool) -> Floats:
