@@ -1,19 +1,23 @@
 """Gradual recovery: the plan comes into force step by step, and each step is trained on before the next one.
 
-A step cuts the model a little further (channels, blocks, masks), repairs it without training, and trains it. Models get
-smaller on the way, so early steps cost what whole models do and late ones what the plan's does. What was trained is
-written back to the whole model before it is cut again, whose channels are removed in the order of their present size.
+A step cuts the model a little further (channels, blocks, masks), repairs it without training and trains it, its weights
+rounded to fewer bits from step to step where the plan says so (see `rounded`). Models get smaller on the way, so early
+steps cost what whole models do and late ones what the plan's does. What was trained is written back to the whole model
+before it is cut again, whose channels are removed in the order of their present size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from automl_compress.core.plan import Plan
 from automl_compress.model.surgery import copy_model
 from automl_compress.recovery.approach import Shape, cubic, plan_at, removal_order
 from automl_compress.recovery.curriculum import Easiest, pace
 from automl_compress.recovery.job import Job, Recovered
 from automl_compress.recovery.nested import write_back
+from automl_compress.recovery.rounded import Rounded
+from automl_compress.techniques.objective import Objective
 from automl_compress.techniques.training.log import TrainingLog
 
 STEPS = 4
@@ -30,7 +34,7 @@ def gradual(job: Job, *, steps: int = STEPS, shape: Shape = cubic) -> Recovered:
     for number in range(1, steps):
         plan = plan_at(job.plan, job.graph, shape(number / steps), order)
         model = job.make(plan, whole)
-        objective = job.objective(plan)
+        objective = _rounded(job, plan, shape(number / steps))
         if job.easy_first:
             objective = Easiest(objective, job.task, job.teacher, pace(number / steps))
         logs.append(
@@ -53,7 +57,7 @@ def gradual(job: Job, *, steps: int = STEPS, shape: Shape = cubic) -> Recovered:
     logs.append(
         job.train(
             model,
-            job.objective(job.plan),
+            _rounded(job, job.plan, 1.0),
             f"step {steps} of {steps}",
             job.held(model, job.plan),
             validate=job.validate,
@@ -61,6 +65,13 @@ def gradual(job: Job, *, steps: int = STEPS, shape: Shape = cubic) -> Recovered:
         )
     )
     return Recovered(model=model, plan=job.plan, logs=tuple(logs))
+
+
+def _rounded(job: Job, plan: Plan, share: float) -> Objective:
+    """The plan's objective, with weights on the way to its bits."""
+    objective = Rounded(job.objective(plan), job.graph, plan)
+    objective.share = share
+    return objective
 
 
 def _continued(

@@ -57,8 +57,7 @@ def recover(
     progress.stage("loading the task")
     loaded = load(task, weights)
     folder = Path(output) if output else Path("runs") / f"{task_name(task)}-recovered-{mode}"
-    if not isinstance(plan, Plan):
-        loaded = read_transferred(Path(plan).parent, loaded)
+    loaded = read_transferred(folder if isinstance(plan, Plan) else Path(plan).parent, loaded)
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
     bench = Workbench(loaded, graph, seed=seed)

@@ -108,6 +108,33 @@ def test_gradual_steps_are_nested_and_repaired_each() -> None:
         assert all(set(late.kept[name]) <= set(kept) for name, kept in early.kept.items())
 
 
+def test_weights_have_fewer_values_from_step_to_step() -> None:
+    stages: dict[str, int] = {}
+    values: list[int] = []
+
+    class Counting:
+        def __call__(self, student: nn.Module, batch: Any) -> Loss:
+            handle = student.down.register_forward_pre_hook(
+                lambda module, _: values.append(max(len(part.unique()) for part in module.weight.detach()))
+            )
+            outputs = student(*batch[0])
+            handle.remove()
+            return Loss(total=ready().loss_of(outputs, batch[1]))
+
+        def modules(self) -> None:
+            return None
+
+    def on_step(report: StepReport) -> None:
+        stages[report.label] = values[-1]
+
+    found = gradual(job(Plan(bits={"down": 3}), objective=lambda _: Counting(), on_step=on_step))
+    counts = list(stages.values())
+    assert len(counts) == 4
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] <= 7
+    assert len(found.model.down.weight[0].unique()) > 7  # what is delivered is exact; quantization rounds it
+
+
 def test_cutting_out_what_end_to_end_masked_changes_nothing() -> None:
     """At the moment of the cut: with no training after it, the whole masked model and the cut one agree."""
     labels: list[str] = []
