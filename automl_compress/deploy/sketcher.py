@@ -25,6 +25,7 @@ from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, 
 from automl_compress.techniques.quantization.placement import place
 
 _GEOMETRY = ("kernel_shape", "strides", "pads", "dilations", "perm", "axes", "mode")
+_PRODUCTS = ("MatMul", "Gemm")
 _CACHED = 4096
 Shape = tuple[int, ...]
 Array = NDArray[np.float64]
@@ -73,7 +74,10 @@ class Sketcher:
         placement = place(model, bits, self._executions, view=view)
         dims = self._dims(plan)
         numbers = dims.prod(axis=1)
-        channels = np.where(self._rank == 4, dims[:, 1], dims[np.arange(len(dims)), np.maximum(self._rank - 1, 0)])
+        last = dims[np.arange(len(dims)), np.maximum(self._rank - 1, 0)]
+        channels = np.where(self._rank == 4, dims[:, 1], last)
+        # A product's channels lie last, whatever its rank.
+        product = [op in _PRODUCTS for op in skeleton.ops]
         quantized = [placement.quantized(site) for site in skeleton.sites]
         return Sketch(
             skeleton=skeleton,
@@ -81,8 +85,8 @@ class Sketcher:
             quantized=quantized,
             omitted=[site in placement.omitted for site in skeleton.sites],
             bits=[plan.layer_bits(layer) if layer else FULL_BITS for layer in skeleton.layers],
-            read=channels[first_reads].astype(int).tolist(),
-            written=channels[writes].astype(int).tolist(),
+            read=np.where(product, last[first_reads], channels[first_reads]).astype(int).tolist(),
+            written=np.where(product, last[writes], channels[writes]).astype(int).tolist(),
             read_numbers=numbers[first_reads].astype(int).tolist(),
             written_numbers=numbers[writes].astype(int).tolist(),
             size_terms=(

@@ -18,7 +18,7 @@ import onnx
 
 from automl_compress.core.budget import METRICS, Cost
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.fit import MEDIAN_DEVIATION, Fit, fit
+from automl_compress.hardware.fit import Fit, fit
 from automl_compress.hardware.interpolate import PriceList, Total
 from automl_compress.hardware.kernel_key import reordered_bytes
 from automl_compress.hardware.kernels import Kernel, structure_digest, weight_bytes
@@ -141,7 +141,7 @@ class CostModel:
     def cost_of(self, total: Total, nodes: float, tensors: Tensors) -> Cost:
         """The cost of a model whose kernels, `nodes` of them, add up to `total`."""
         latency, memory = self.fits(total.us)
-        errors = (total.error, (latency.error or 0.0) / MEDIAN_DEVIATION)
+        errors = (total.error, latency.deviation or 0.0)
         return Cost(
             latency_us=latency(_terms(total.us, nodes, tensors.file, tensors.activations))
             * self.scale
@@ -200,6 +200,9 @@ class CostModel:
     def notes(self, model: onnx.ModelProto) -> list[str]:
         """What to know about a model's prediction: how many measurements it rests on, its error on unseen models."""
         notes = [*self.profile.warnings, *self.profile.notes]
+        if environment := self.profile.header.memory.environment:
+            chosen = " ".join(f"{name}={value}" for name, value in environment.items())
+            notes.append(f"memory: of a process with {chosen} in its environment; the model has to be run so")
         for what, found in zip(("latency", "memory"), self.fits(self._sum_us(model)), strict=True):
             if found.error is None:
                 notes.append(f"{what}: predicted from {found.records} measured models, too few to check it on others")
@@ -243,11 +246,18 @@ def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
     """The correction; its error is that of the latest models that were foreseen, each left out of the fit."""
     usable = [r for r in records if r.kernel_sum_us > 0]
     found = fit([_record_terms(r) for r in usable], [r.measured_us for r in usable], _LATENCY_PRIOR)
-    foreseen = [r for r in usable if r.predicted_us and (r.foreseen or 0.0) >= _FORESEEN]
-    errors = [error for r, error in zip(usable, found.errors, strict=False) if r in foreseen][-_CHECKED:]
+    foreseen = [(r.foreseen or 0.0) >= _FORESEEN and bool(r.predicted_us) for r in usable]
+    errors = [error for known, error in zip(foreseen, found.errors, strict=False) if known]
     if len(errors) < _ENOUGH_CHECKED:
-        return replace(found, error=None, worst_error=None)
-    return replace(found, error=float(np.median(errors)), worst_error=max(errors), checked=len(errors))
+        return replace(found, error=None, worst_error=None, deviation=None)
+    latest = errors[-_CHECKED:]
+    return replace(
+        found,
+        error=float(np.median(latest)),
+        worst_error=max(latest),
+        checked=len(latest),
+        deviation=float(np.sqrt(np.mean(np.square(errors)))),
+    )
 
 
 def _fit_memory(records: Sequence[ModelRecord]) -> Fit:

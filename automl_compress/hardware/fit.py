@@ -29,6 +29,7 @@ class Fit:
     records      how many measurements it was fitted on
     error        median relative error on measurements left out one by one; None with too few for a fit
     worst_error  the largest of those; `checked` is how many there were, and `errors` all of them in their order
+    deviation    their root mean square, which heavy tails raise above what the median says; None where `error` is
     """
 
     coefficients: tuple[float, ...]
@@ -37,6 +38,7 @@ class Fit:
     records: int
     error: float | None = None
     worst_error: float | None = None
+    deviation: float | None = None
     checked: int = 0
     errors: tuple[float, ...] = ()
 
@@ -82,6 +84,7 @@ def fit(
         records=len(targets),
         error=float(np.median(errors)),
         worst_error=float(max(errors)),
+        deviation=float(np.sqrt(np.mean(np.square(errors)))),
         checked=len(errors),
         errors=tuple(errors),
     )

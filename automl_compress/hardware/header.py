@@ -22,6 +22,8 @@ DOCUMENTED = "see hardware_profiles/README.md"
 LayerKind = Literal["conv", "linear"]
 Fact = Literal["architecture", "cpu", "flags", "cores", "runtime"]
 Count = Annotated[int, Field(gt=0, strict=True)]
+AllocatorVariable = Annotated[str, Field(pattern=r"^MALLOC_[A-Z_]+$")]
+Digits = Annotated[str, Field(pattern=r"^[0-9]+$")]
 
 
 def _number(value: Any) -> Any:
@@ -70,9 +72,14 @@ class DeviceLimits(_Strict):
 
 class MemoryModel(_Strict):
     """What "memory" means: the peak of a fresh process above an empty one's, or, where there are no processes, the
-    bytes of weights and of activations that are alive at the same time ("tensors")."""
+    bytes of weights and of activations that are alive at the same time ("tensors").
+
+    `environment`: variables of the C library's allocator that the process has, and has to have where the model runs.
+    Others are refused, since some make a process execute what they name.
+    """
 
     model: Literal["process", "tensors"] = "process"
+    environment: dict[AllocatorVariable, Digits] = Field(default_factory=dict)
 
 
 class Operator(_Strict):
@@ -160,7 +167,8 @@ class ProfileHeader(_Strict):
     def settings(self) -> dict[str, Any]:
         """What the measuring process has to know."""
         chosen = {"threads", "provider", "provider_options", "optimization"}
-        return {**self.runtime.model_dump(include=chosen), **self.protocol.model_dump()}
+        measuring = {**self.runtime.model_dump(include=chosen), **self.protocol.model_dump()}
+        return {**measuring, "memory_environment": dict(self.memory.environment)}
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]

@@ -26,11 +26,12 @@ from automl_compress.hardware.kernels import Kernel
 from automl_compress.hardware.sketch import Skeleton, Sketch
 
 Array = NDArray[np.float64]
-Levels = tuple[Hashable, Hashable, Hashable, Hashable]
+Levels = tuple[tuple[Hashable, Hashable, Hashable], Hashable, Hashable, Hashable]
 
 _BLOCK = 16
 _RIDGE = 0.3
 _HELD_OUT = 5
+_ENOUGH_SEEN = 8
 # fmt: off
 _ELEMENTWISE = frozenset({
     "Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Add", "Mul", "Concat", "MaxPool",
@@ -73,7 +74,7 @@ class Surroundings:
             extra = self._helpers(details[position], sketch, position)
             us, nodes = us + max(0.0, extra[0]), nodes + extra[1]
             if layer is not None:
-                own, error, known = self._own(skeleton.kinds[position], sketch, position)
+                own, error, known = self._own(details[position], sketch, position)
                 us, nodes, variance, certain = us + own, nodes + 1, variance + (own * error) ** 2, certain and known
         spread = (self.error if self.error is not None else 0.1) / MEDIAN_DEVIATION
         error = float(np.hypot(np.sqrt(variance) / max(us, 1e-9), spread))
@@ -82,10 +83,14 @@ class Surroundings:
     def _miss(self, row: _Row) -> float:
         return abs(self(row.sketch)[0].us / row.total_us - 1.0)
 
-    def _own(self, kind: str, sketch: Sketch, position: int) -> tuple[float, float, bool]:
+    def _own(self, levels: Levels, sketch: Sketch, position: int) -> tuple[float, float, bool]:
         """(microseconds, relative standard deviation, whether anything like it was seen) of a layer's own kernel."""
-        name = (kind, sketch.bits[position], sketch.integer[position])
         at = (sketch.read[position], sketch.written[position])
+        names = _names(levels, sketch, position)
+        found = [name for name in names if name in self._entries]
+        # The closer surroundings decide, unless too little of them was seen to interpolate.
+        enough = [n for n in found if at in self._entries[n] or len(self._entries[n]) >= _ENOUGH_SEEN] or found[-1:]
+        name = enough[0] if enough else names[-1]
         entries = self._entries.get(name)
         if entries is None:
             return self._typical, 1.0, False
@@ -103,8 +108,8 @@ class Surroundings:
         for level, name in zip(reversed(self._levels), reversed(levels), strict=True):
             fitted = level.get(name)
             if fitted is not None:
-                a, b = sketch.written_numbers[position] / 1e4, sketch.read_numbers[position] / 1e4
-                return fitted[0] + fitted[1] * a + fitted[2] * b, fitted[3]
+                *rates, count = fitted
+                return sum(r * size for r, size in zip(rates, _sizes(sketch, position), strict=True)), count
         return 0.0, 0.0
 
     def _fit(self, rows: Sequence[_Row]) -> None:
@@ -112,16 +117,16 @@ class Surroundings:
         groups: list[dict[Hashable, list[tuple[float, ...]]]] = [defaultdict(list) for _ in range(4)]
         parents: list[dict[Hashable, Hashable]] = [{} for _ in range(4)]
         for row in rows:
-            sketch, skeleton = row.sketch, row.sketch.skeleton
+            sketch = row.sketch
             for position, levels in enumerate(row.levels):
-                sizes = (sketch.written_numbers[position] / 1e4, sketch.read_numbers[position] / 1e4)
+                sizes = _sizes(sketch, position)
                 for number, name in enumerate(levels):
-                    groups[number][name].append((1.0, *sizes, row.helper_us[position], row.helper_count[position]))
+                    groups[number][name].append((*sizes, row.helper_us[position], row.helper_count[position]))
                     parents[number][name] = levels[max(number - 1, 0)]
                 price = row.own[position]
                 if price is not None:
-                    kind = (skeleton.kinds[position], sketch.bits[position], sketch.integer[position])
-                    own[kind][sketch.read[position], sketch.written[position]].append(price)
+                    for name in _names(levels, sketch, position):
+                        own[name][sketch.read[position], sketch.written[position]].append(price)
         self._entries = {
             name: {
                 at: (float(np.mean([us for us, _ in seen])), max(e for _, e in seen)) for at, seen in entries.items()
@@ -133,7 +138,7 @@ class Surroundings:
         everything = [us for entries in self._entries.values() for us, _ in entries.values()]
         self._typical = float(np.median(everything)) if everything else 0.0
         self._elsewhere = tuple(float(np.median([row.elsewhere[i] for row in rows])) if rows else 0.0 for i in (0, 1))
-        self._levels: list[dict[Hashable, tuple[float, float, float, float]]] = [{}, {}, {}, {}]
+        self._levels: list[dict[Hashable, tuple[float, ...]]] = [{}, {}, {}, {}]
         for number, group in enumerate(groups):
             for name, entries in group.items():
                 table = np.array(entries)
@@ -267,17 +272,35 @@ def _layouts(sketch: Sketch) -> list[str]:
     return layouts
 
 
-def _ridge(table: Array, above: tuple[float, float, float, float] | None) -> tuple[float, float, float, float]:
-    """Coefficients of (1, numbers written, numbers read) for the time, and the mean count, drawn toward `above`."""
-    design, times, counts = table[:, :3], table[:, 3], table[:, 4]
-    prior = np.array(above[:3]) if above is not None else np.array([times.mean(), 0.0, 0.0])
-    left = design.T @ design + _RIDGE * np.eye(3)
+def _names(levels: Levels, sketch: Sketch, position: int) -> tuple[Hashable, Hashable]:
+    """What a layer's own kernel is looked up by: with what it reads and writes, by which the runtime may choose another
+    kernel, and without."""
+    kind, flags, _ = levels[0]
+    return (kind, flags), (kind, sketch.bits[position], sketch.integer[position])
+
+
+def _sizes(sketch: Sketch, position: int) -> tuple[float, ...]:
+    """What the time of a node's helpers follows: 1, the numbers that it writes and reads, and those of its weight, as
+    it is unpacked in every run where no kernel reads its bits."""
+    weights = sketch.read[position] * sketch.written[position] if sketch.skeleton.layers[position] is not None else 0
+    return (1.0, sketch.written_numbers[position] / 1e4, sketch.read_numbers[position] / 1e4, weights / 1e4)
+
+
+def _ridge(table: Array, above: tuple[float, ...] | None) -> tuple[float, ...]:
+    """Coefficients of `_sizes` for the time, and the mean count, drawn toward `above`. The table's last two columns are
+    times and counts."""
+    design, times, counts = table[:, :-2], table[:, -2], table[:, -1]
+    prior = np.array(above[:-1]) if above is not None else np.array([times.mean(), *[0.0] * (design.shape[1] - 1)])
+    left = design.T @ design + _RIDGE * np.eye(design.shape[1])
     found = prior + np.linalg.solve(left, design.T @ (times - design @ prior))
     weight = len(counts) / (len(counts) + _RIDGE)
-    count = weight * float(counts.mean()) + (1 - weight) * (above[3] if above is not None else float(counts.mean()))
-    return float(found[0]), float(found[1]), float(found[2]), count
+    count = weight * float(counts.mean()) + (1 - weight) * (above[-1] if above is not None else float(counts.mean()))
+    return (*found.tolist(), count)
 
 
 def _place(read: int, written: int) -> SizePlace:
-    """A layer's kernel at so many channels, as something to interpolate over."""
-    return SizePlace((read, written), (1.0, read * written / 1e3, read / 1e2, written / 1e2, 0.0))
+    """A layer's kernel at so many channels, as something to interpolate over; those left over after full blocks are
+    often computed one by one."""
+    left = [written % block / 1e2 for block in (4, _BLOCK // 2, _BLOCK)]
+    missing = [-written % block / 1e2 for block in (_BLOCK // 2, _BLOCK, 2 * _BLOCK)]
+    return SizePlace((read, written), (1.0, read * written / 1e3, read / 1e2, written / 1e2, *left, *missing))

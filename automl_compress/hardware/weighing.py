@@ -17,8 +17,10 @@ from .sessions import Settings, open_session, runner
 
 
 def memory(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
-    """Peak resident memory of a fresh process that loads the model and runs it."""
-    return run_again(["peak", json.dumps(settings), request["model"]], settings, say)
+    """Peak resident memory of a fresh process that loads the model and runs it, with the profile's environment."""
+    return run_again(
+        ["peak", json.dumps(settings), request["model"]], settings, say, settings.get("memory_environment")
+    )
 
 
 def savings(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
@@ -45,7 +47,8 @@ def savings(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, 
         peaks: dict[str, dict[str, int]] = {"peak_bytes": {}, "empty_bytes": {}}
         for way, (path, chosen, environment) in ways.items():
             for name, target in (("peak_bytes", path), ("empty_bytes", empty)):
-                found = [run_again(["peak", json.dumps(chosen), target], settings, say, environment) for _ in "ab"]
+                variables = {**settings.get("memory_environment", {}), **environment}
+                found = [run_again(["peak", json.dumps(chosen), target], settings, say, variables) for _ in "ab"]
                 peaks[name][way] = min(int(f["peak_bytes"]) for f in found)
             say({"progress": f"weighed {way}"})
         runners = {way: runner(open_session(path, chosen)) for way, (path, chosen, env) in ways.items() if not env}

@@ -3,11 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from automl_compress.errors import ProfileError
+from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.profile import load_profile
+from automl_compress.hardware.profile import DeviceProfile, load_profile
 from automl_compress.hardware.savings import HOW, Saving, measure_savings, offers
+from automl_compress.hardware.weighing import memory
 from tests.hardware.simulated import chain
 
 
@@ -49,3 +53,26 @@ def test_a_way_that_the_runtime_itself_refuses_is_left_out(tmp_path: Path) -> No
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     with Device(load_profile("local", home=tmp_path)) as here, here.saved(model) as path:
         assert "ort-format" not in {saving.way for saving in measure_savings(here, path)}
+
+
+def with_environment(tmp_path: Path, environment: str) -> Path:
+    path = tmp_path / "measured.yaml"
+    plain = load_profile("local", home=tmp_path / "home").path.read_text("utf-8")
+    path.write_text(plain.replace("model: process", f"model: process\n  environment: {{{environment}}}"))
+    return path
+
+
+def test_processes_that_are_weighed_have_the_environment_of_the_profile(tmp_path: Path) -> None:
+    profile = DeviceProfile(with_environment(tmp_path, "MALLOC_TOP_PAD_: '4096'"))
+    program = tmp_path / "program.py"
+    program.write_text("import json, os; print(json.dumps({'peak_bytes': int(os.environ.get('MALLOC_TOP_PAD_', 0))}))")
+    settings = {**profile.header.settings(), "program": str(program)}
+    assert memory({"model": "model.onnx"}, settings, lambda _: None) == {"peak_bytes": 4096}
+    with Device(profile) as device:
+        assert any("MALLOC_TOP_PAD_=4096" in note for note in CostModel(profile, device).notes(chain(8, 8)))
+
+
+@pytest.mark.parametrize("variable", ["LD_PRELOAD: '1'", "MALLOC_TRACE: /tmp/x", "MALLOC_ARENA_MAX: 1"])
+def test_a_profile_sets_nothing_but_numbers_of_the_allocator(tmp_path: Path, variable: str) -> None:
+    with pytest.raises(ProfileError, match=r"memory\.environment"):
+        DeviceProfile(with_environment(tmp_path, variable))
