@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx
 
 from automl_compress.hardware.timer import burst_means, median_spread
@@ -68,8 +69,20 @@ class Trace:
         return (*median_spread(bursts), bursts)
 
     def drift(self, reference_us: float | None) -> tuple[float, ...]:
-        """How much slower than in the profile the machine was, round by round."""
-        return tuple(us / reference_us if reference_us else 1.0 for us in self.reference_us)
+        """How much slower than in the profile the machine was, round by round.
+
+        A machine that drifts slows the model and its reference down alike, one that was disturbed for a moment only one
+        of them. So one drift for all rounds counts where it makes the model's rounds agree better.
+        """
+        if not reference_us:
+            return (1.0,) * len(self.reference_us)
+        by_round = tuple(us / reference_us for us in self.reference_us)
+        common = (float(np.median(by_round)),) * len(by_round)
+
+        def disagreement(drift: tuple[float, ...]) -> float:
+            return median_spread([us / slower for us, slower in zip(self.whole_us, drift, strict=True)])[1]
+
+        return min(by_round, common, key=disagreement)
 
     def timed(self, reference_us: float | None) -> list[RawKernel]:
         """The kernels with drift divided out of their times."""

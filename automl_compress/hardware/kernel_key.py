@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 _TENSOR = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
-# Numbers outside of shapes that follow the number of channels.
-_CHANNELS = re.compile(r"\b(g|channels=)(\d+)")
+# Numbers outside of shapes that follow the number of channels; K and N are those of weights packed into blocks.
+_CHANNELS = re.compile(r"\b(g|channels=|[KN]=)(\d+)")
 _DIGITS = re.compile(r"\d+")
 _FLOAT_BITS = {"float": 32, "double": 64, "bool": 8}
 FULL_BITS = 32

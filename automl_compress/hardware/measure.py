@@ -22,12 +22,13 @@ from automl_compress.hardware.kernel_key import reordered_bytes, traffic_bytes
 from automl_compress.hardware.kernels import Kernel, key_of
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import KernelRecord, ModelRecord
-from automl_compress.hardware.trust import UNTRUSTED_SPREAD, troubles
+from automl_compress.hardware.trust import troubles
 from automl_compress.progress import Progress, SilentProgress
 
 # A kernel that was seen in so many models is known well enough; more would only make the file longer.
 ENOUGH_SIGHTINGS = 8
-# A trace whose whole model wavered more than it should is repeated so often at most; the steadiest counts.
+# A trace whose whole model wavered by more than this is repeated, so often at most; the steadiest counts.
+_STEADY_SPREAD = 0.05
 _ATTEMPTS = 3
 # Working out all prices takes longer than measuring a small model; so many are predicted by the same ones.
 _PRICED_ANEW = 8
@@ -109,7 +110,7 @@ def measure_model(
     reference_us = known.measured_us if known else None
     with device.saved(model) as path, device.saved(reference) as beside:
         attempts: list[tuple[float, Trace, tuple[str, ...]]] = []
-        while len(attempts) < _ATTEMPTS and not (attempts and attempts[-1][0] < UNTRUSTED_SPREAD):
+        while len(attempts) < _ATTEMPTS and not (attempts and attempts[-1][0] < _STEADY_SPREAD):
             trace = device.trace(path, beside)
             attempts.append((trace.whole(reference_us)[1], trace, troubles(device.conditions)))
     _, trace, found = min(attempts, key=lambda attempt: attempt[0])

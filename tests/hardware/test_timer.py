@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from automl_compress.core.result import Timing
 from automl_compress.errors import DeviceError
 from automl_compress.hardware import bursts, timer
+from automl_compress.hardware.executed import Trace
 
 durations = st.lists(st.floats(min_value=0.1, max_value=1e6), min_size=1, max_size=40)
 
@@ -84,3 +85,11 @@ def test_bursts_are_as_long_as_the_protocol_says_unless_a_model_is_slow(one_run_
     assert bursts.SMALLEST_BURST <= length <= 30
     if one_run_s < 1 / 30:
         assert length == 30
+
+
+def test_a_machine_that_slowed_down_is_told_from_a_disturbed_reference() -> None:
+    slowed = Trace(kernels=(), whole_us=(100, 150, 200), reference_us=(10, 15, 20))
+    disturbed = Trace(kernels=(), whole_us=(100, 101, 102), reference_us=(10, 17, 10))
+    assert slowed.whole(10)[:2] == (pytest.approx(100), pytest.approx(0))
+    assert disturbed.drift(10) == (1, 1, 1)
+    assert disturbed.whole(10)[0] == 101
