@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import search_budgets
+import search_costs
 import search_delivered
 import search_evaluations
+import search_regret
 import torch
+from search_evaluator import Lines
 from search_laboratory import CACHE, Laboratory, open_laboratory
 
 from automl_compress.progress import Progress, make_progress
 
 Rows = list[dict[str, Any]]
-PARTS = {"a": "by_evaluations", "c": "delivered", "e": "budgets", "f": "evaluator"}
+PARTS = {"a": "by_evaluations", "b": "regret", "c": "delivered", "d": "own_costs", "e": "budgets", "f": "evaluator"}
 
 
 def main() -> None:
@@ -62,6 +67,10 @@ def main() -> None:
                 given.data, given.weights, cache=given.cache, profile=given.profile, progress=progress
             ) as laboratory:
                 figures |= with_laboratory(laboratory, given, parts, progress)
+        if "b" in parts:
+            figures["regret"] = regret(given, progress)
+        if "d" in parts:
+            figures["own_costs"] = own_costs(given, progress)
         if "e" in parts:
             runs = given.runs or (2 if given.quick else search_budgets.RUNS)
             figures["budgets"] = search_budgets.run(given.cache, runs=runs, profile=given.profile, progress=progress)
@@ -103,6 +112,37 @@ def with_laboratory(
             progress=progress,
         )
     return figures
+
+
+def regret(given: argparse.Namespace, progress: Progress) -> Rows:
+    """Part b, a size at a time."""
+    sizes, seeds = search_regret.SIZES[: 2 if given.quick else None], 1 if given.quick else 3
+    progress.stage("regret where the optimum is known", len(sizes))
+    done, rows = Lines(given.cache / "regret.jsonl"), []
+    for size in sizes:
+        key = f"{size} decisions, {seeds} seeds {search_evaluations.code_version()}"
+        if key not in done.known:
+            done.add(key, search_regret.run(sizes=[size], seeds=seeds))
+        rows += done.known[key]
+        progress.advance()
+    return rows
+
+
+def own_costs(given: argparse.Namespace, progress: Progress) -> Rows:
+    """Part d: proposals of each size, then the share of a run."""
+    os.environ |= {"AC_DATA_DIR": str(given.data), "AC_WEIGHTS_DIR": str(given.weights)}
+    trials, done = 10 if given.quick else 100, Lines(given.cache / "costs.jsonl")
+    items: dict[str, Callable[[], Rows]] = {
+        f"{size} decisions": partial(search_costs.proposals, sizes=[size]) for size in search_costs.SIZES
+    }
+    items[f"share of {trials} trials"] = lambda: [search_costs.share(trials=trials, epochs=1.0)]
+    progress.stage("what the search itself costs", len(items))
+    for name, measure in items.items():
+        key = f"{name} {search_evaluations.code_version()}"
+        if key not in done.known:
+            done.add(key, measure())
+        progress.advance()
+    return [row for name in items for row in done.known[f"{name} {search_evaluations.code_version()}"]]
 
 
 def write(path: Path | None, figures: Mapping[str, Rows], *, quick: bool) -> None:

@@ -217,8 +217,17 @@ def fitted(laboratory: Laboratory, share: float, plan: Plan, rng: np.random.Gene
     return after(many)
 
 
+def code_version() -> str:
+    """Changes with the code of the product's sampler."""
+    return hashlib.sha256(_code().encode()).hexdigest()[:8]
+
+
+def _code() -> str:
+    return "".join(inspect.getsource(module) for module in OUR_CODE)
+
+
 def _key(laboratory: Laboratory, method: str, share: float, seed: int) -> str:
     """Runs of the product's sampler are made again when its code has changed, all when the space has."""
-    text = "".join(inspect.getsource(module) for module in OUR_CODE) if method == OURS else ""
+    text = _code() if method == OURS else ""
     version = hashlib.sha256((laboratory.space.fingerprint + text).encode()).hexdigest()[:8]
     return f"{method} {share:.2f} seed {seed} {version}"
