@@ -77,6 +77,8 @@ def headline(result: Mapping[str, Any]) -> str:
         how = "measured" if result["status"] == "met" else "estimated, not measured on the device"
         return f"{result['status']}: {len(result['front'])} models, each better than all cheaper ones, {how}"
     status = str(result["status"])
+    if result.get("goal") and status == "met":
+        return "met: the delivered model was measured, is good enough and within every budget"
     return HEADLINES.get(status, status)
 
 

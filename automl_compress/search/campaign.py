@@ -104,7 +104,7 @@ class Campaign:
             _LEAST_MEASURED * (self.clock.typical("measuring") or 0.0), "measuring what is to be delivered"
         )
         self.learn_device()
-        require_feasible(self.reach, self.aim, self.budget, self.original)
+        require_feasible(self.reach, self.aim, self.budget, self.original, self.measured.values())
         self.learn_quality()
 
     def measure_original(self) -> None:
@@ -278,8 +278,9 @@ class Campaign:
         return InfeasibleError(message, nearest=self.floors(), binding=self.reach.binding(self.budget.limits))
 
     def floors(self) -> dict[str, float]:
-        """Metric -> the lowest predicted figure that the space reaches, for each budget."""
-        return self.reach.floors(self.budget.limits)
+        """Metric -> the lowest figure that the space reaches as predicted, or that was measured, for each budget."""
+        predicted = self.reach.floors(self.budget.limits)
+        return {m: min([floor, *(cost.of(m) for cost in self.measured.values())]) for m, floor in predicted.items()}
 
     @property
     def reach(self) -> Reach:

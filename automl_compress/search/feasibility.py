@@ -65,8 +65,13 @@ def additive_limits(aim: Budget, original: Cost) -> dict[str, float]:
     return limits
 
 
-def require_feasible(reach: Reach, aim: Budget, budget: Budget, original: Cost) -> None:
-    """Raise InfeasibleError where even the cheapest plan is over a budget, or no plan meets all of them together."""
+def require_feasible(reach: Reach, aim: Budget, budget: Budget, original: Cost, measured: Iterable[Cost] = ()) -> None:
+    """Raise InfeasibleError where even the cheapest plan is over a budget, or no plan meets all of them together.
+
+    A prediction proves nothing where a `measured` plan is within the budget.
+    """
+    if any(budget.met(cost) for cost in measured):
+        return
     floors = reach.floors(budget.limits)
     over = {metric: floor for metric, floor in floors.items() if floor > budget.limits[metric] * _REACH}
     loosened = {metric: limit * _REACH for metric, limit in additive_limits(aim, original).items()}

@@ -22,7 +22,8 @@ class MeasuredCosts(dict[str, Cost]):
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             with suppress(ValueError, TypeError, KeyError):
                 entry = json.loads(line)
-                self[entry.pop("plan")] = Cost(**entry)
+                key = entry.pop("plan")
+                self[key] = Cost(**entry)
 
     def remember(self, plan: Plan, cost: Cost) -> None:
         """From now on this is the plan's cost."""

@@ -161,3 +161,16 @@ def test_a_run_without_a_model_still_gets_its_report(status: str) -> None:
 
 def test_a_missed_budget_is_called_missed() -> None:
     assert "missed" in _page(replace(RESULT, budget={"latency": 290.0})).text
+
+
+def test_the_ladder_is_told_rung_by_rung() -> None:
+    rows = (
+        {"plan": "abc", "budget": "", "metrics": [0.5, 0.625], "state": "complete"},
+        {"plan": "def", "budget": "latency 50.0%", "metrics": [0.25], "state": "pruned"},
+        {"plan": "ghi", "budget": "", "metrics": [], "state": "fail", "reason": "<b>diverged</b>"},
+    )
+    told = render(replace(RESULT, ladder=rows), TRIALS, plotly_js="js")
+    for text in ("rung 2", "0.6250", "stopped", "latency 50.0%", "failed: &lt;b&gt;diverged"):
+        assert text in told
+    assert "<b>diverged" not in told
+    assert "<h2>Ladder" not in render(RESULT, TRIALS, plotly_js="js")

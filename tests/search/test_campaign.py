@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InfeasibleError
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.feasibility import require_feasible
+from automl_compress.search.measured import MeasuredCosts
 from automl_compress.search.study import trial_counts
 from tests.search.campaigns import campaign
 
@@ -97,6 +100,27 @@ def test_what_can_not_be_reached_is_said_before_any_trial(tmp_path: Path, home: 
         assert caught.value.binding
         assert not opened.has_study
         assert not (opened.folder.path / "sensitivity.jsonl").exists()
+
+
+def test_what_was_measured_within_a_budget_is_not_refused_by_a_prediction(tmp_path: Path, learned: Campaign) -> None:
+    budget, plan = Budget(limits={"latency": 1.0}), Plan(width=0.5)
+    with pytest.raises(InfeasibleError):
+        require_feasible(learned.reach, budget, budget, learned.original)
+    fast = replace(learned.predict(plan), latency_us=0.5, provenance="measured")
+    require_feasible(learned.reach, budget, budget, learned.original, [fast])
+
+
+def test_measured_costs_outlive_the_process_and_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "measured.jsonl"
+    costs = MeasuredCosts()
+    costs.load(path)
+    cost = Cost(latency_us=3.0, size_bytes=100, memory_bytes=200, provenance="measured")
+    costs.remember(Plan(width=0.5), cost)
+    path.write_bytes(path.read_bytes() + b'{"plan": "abc", "laten')
+    costs.remember(Plan(width=0.25), cost)
+    again = MeasuredCosts()
+    again.load(path)
+    assert again == {Plan(width=0.5).key: cost, Plan(width=0.25).key: cost}
 
 
 def test_a_second_campaign_with_the_profile_measures_kernels_no_more(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from automl_compress.core.goal import parse_aim
 from automl_compress.core.result import Result
 from automl_compress.deploy.report import render
 from automl_compress.deploy.summary import summarize
@@ -17,13 +17,12 @@ from automl_compress.search import directions, outcome
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.front import front_models
-from automl_compress.search.settings import Settings
+from automl_compress.search.settings import Settings, make_settings
 from tests.search.campaigns import campaign
 
 
-def asking(max_drop: str | None = None, min_metric: str | None = None, **options: object) -> Settings:
-    aim = parse_aim(max_drop, min_metric, None, None)
-    return Settings(limits={}, aim=aim, options={"trials": 12, "epochs": 0, "distillation": "soft", **options})
+def asking(**asked: Any) -> Settings:
+    return make_settings("task.py", trials=12, epochs=0, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def test_where_no_model_is_good_enough_the_nearest_is_named(
 
 
 def test_a_front_gets_better_with_every_dearer_model(learned: Campaign, strict: Result) -> None:
-    settings = Settings(limits={}, aim=parse_aim(None, None, 3, None), options=asking(max_drop="1%").options)
+    settings = asking(front=3)
     result = outcome.front(learned, settings, front_models(learned, settings))
     assert result.status == "met"
     assert result.delivered is None
