@@ -99,6 +99,10 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     delivered = replace(delivered, latency_us=max(delivered.latency_us, delivered.latency_ratio * original.latency_us))
     notes = [f"{layer.layer}: {layer.reason}" for layer in executed if not layer.ok]
     notes += [f"quantization: {note}" for note in candidate.notes]
+    if candidate.width is not None:
+        notes.append(f"the delivered model is the task's own student({candidate.width:g}), taught by the original")
+    elif candidate.contender:
+        notes.append("the delivered model has the best plan's structure, and was trained from fresh weights")
     notes += _about_device(device, delivered)
     if device.measures:
         notes += offers(measure_savings(device, candidate.onnx))

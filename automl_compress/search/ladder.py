@@ -54,6 +54,7 @@ class Candidate:
     """A plan's recovered model: its selected channels, activation ranges, validation metric, weights and ONNX file.
 
     training  what was trained for it, a `TrainingLog.to_json` each
+    contender     under which name it competes with the plans' own models; '' for one of these
     width, bench  of a student of the task's own: what it was made with, and the workbench whose original it is
     """
 
@@ -67,6 +68,7 @@ class Candidate:
     notes: tuple[str, ...] = ()
     bench: Workbench | None = None
     width: float | None = None
+    contender: str = ""
 
     def model(self, bench: Workbench) -> nn.Module:
         """The PyTorch model, rebuilt from the original, the plan and the weights."""
@@ -219,6 +221,7 @@ class Recovery:
             onnx=path,
             training=training,
             seconds=seconds,
+            contender=self._contender,
         )
 
     def _mode_at(self, rung: str) -> str:
@@ -329,6 +332,7 @@ class Recovery:
                 onnx=self._folder.file(*f"{name}.onnx".split("/")),
                 training=tuple(record.get("training", ())),
                 seconds=float(record["seconds"]),
+                contender=self._contender,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(

@@ -99,6 +99,7 @@ def test_it_is_verified_like_any_other_and_made_again(learned: Campaign, own: Ca
     verified = verify(learned, own, {})
     assert verified.met
     assert verified.delivered.metric == own.metric
+    assert f"the delivered model is the task's own student({own.width:g}), taught by the original" in verified.notes
     assert verified.delivered.predicted_latency_us is None  # no plan of the teacher tells it
     assert verified.delivered.size_bytes == own.onnx.stat().st_size
     assert {row["name"] for row in verified.layers} == {"enter", "deep", "out"}
@@ -123,6 +124,7 @@ def test_one_from_scratch_has_the_best_plans_structure_and_its_own_files(
     sizes = [Path(candidate.onnx).stat().st_size for candidate in (found, inherited)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
     assert any("approach" in log["label"] for log in found.training)
+    assert any("trained from fresh weights" in note for note in verify(learned, found, {}).notes)
 
 
 def test_nobody_competes_unless_asked_or_offered(learned: Campaign, inherited: Candidate) -> None:

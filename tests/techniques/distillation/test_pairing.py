@@ -10,8 +10,11 @@ from torch import nn
 
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
+from automl_compress.model.task import Task
 from automl_compress.model.trace import trace
 from automl_compress.techniques.distillation.features import layer_inputs, same_channels
+from automl_compress.techniques.distillation.losses import parse_losses
+from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_by_resolution, pair_layers
 from automl_compress.techniques.prune import apply_plan
 from tests.model import architectures, networks
@@ -128,3 +131,19 @@ def test_another_architecture_is_paired_by_resolution_through_adapters() -> None
         ("1", "second.project", 1, (5, 8)),
         ("4", "head", -1, (6, 12)),
     ]
+
+
+@pytest.mark.parametrize("name", architectures.MODELS)
+def test_models_as_users_write_them_learn_features(name: str) -> None:
+    """Zero for a copy of the teacher, and a finite pull for a student that was cut anyhow."""
+    model, x = architectures.make(name)
+    graph = trace(model, (x,))
+    task = Task(model=model, train=None, validation=None, loss=lambda o, t: o.sum() * 0, metric=lambda o, t: 0.0)
+    losses = parse_losses("soft=1+features=1+attention=1+task=0")
+    for plan, near in ((Plan(), True), (some(graph, 2), False)):
+        student = apply_plan(model, graph, plan).eval()
+        wanted = Distillation(task, model, losses, pair_layers(graph, plan, model))
+        loss = wanted(student, ((x,), torch.zeros(len(x))))
+        loss.total.backward()
+        assert all(float(part) == pytest.approx(0, abs=1e-5) for part in loss.parts.values()) is near
+        assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
