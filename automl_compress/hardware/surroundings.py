@@ -86,12 +86,10 @@ class Surroundings:
     def _own(self, levels: Levels, sketch: Sketch, position: int) -> tuple[float, float, bool]:
         """(microseconds, relative standard deviation, whether anything like it was seen) of a layer's own kernel."""
         at = (sketch.read[position], sketch.written[position])
-        names = _names(levels, sketch, position)
-        found = [name for name in names if name in self._entries]
-        # The closer surroundings decide, unless too little of them was seen to interpolate.
-        enough = [n for n in found if at in self._entries[n] or len(self._entries[n]) >= _ENOUGH_SEEN] or found[-1:]
-        name = enough[0] if enough else names[-1]
+        name, coarse = _names(levels, sketch, position)
         entries = self._entries.get(name)
+        if entries is None or (at not in entries and len(entries) < _ENOUGH_SEEN):  # too few to interpolate
+            name, entries = coarse, self._entries.get(coarse)
         if entries is None:
             return self._typical, 1.0, False
         if at in entries:
@@ -108,8 +106,9 @@ class Surroundings:
         for level, name in zip(reversed(self._levels), reversed(levels), strict=True):
             fitted = level.get(name)
             if fitted is not None:
-                *rates, count = fitted
-                return sum(r * size for r, size in zip(rates, _sizes(sketch, position), strict=True)), count
+                one, wrote, read, weighs = _sizes(sketch, position)
+                us = fitted[0] * one + fitted[1] * wrote + fitted[2] * read + fitted[3] * weighs
+                return us, fitted[4]
         return 0.0, 0.0
 
     def _fit(self, rows: Sequence[_Row]) -> None:
@@ -279,7 +278,7 @@ def _names(levels: Levels, sketch: Sketch, position: int) -> tuple[Hashable, Has
     return (kind, flags), (kind, sketch.bits[position], sketch.integer[position])
 
 
-def _sizes(sketch: Sketch, position: int) -> tuple[float, ...]:
+def _sizes(sketch: Sketch, position: int) -> tuple[float, float, float, float]:
     """What the time of a node's helpers follows: 1, the numbers that it writes and reads, and those of its weight, as
     it is unpacked in every run where no kernel reads its bits."""
     weights = sketch.read[position] * sketch.written[position] if sketch.skeleton.layers[position] is not None else 0
