@@ -11,7 +11,7 @@ from automl_compress.search.states import Floats, States
 
 _LARGE = 400  # single changes above which less is tried
 _PAIRED = 48
-_AROUND, _AROUND_LARGE = 60, 30
+_AROUND, _AROUND_LARGE = 60, 20
 _ROUNDS, _ROUNDS_LARGE = 8, 3
 
 

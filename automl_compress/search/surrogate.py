@@ -21,7 +21,7 @@ from scipy.special import ndtr
 
 from automl_compress.search.states import Bools, Floats
 
-_SINGLE, _JOINT, _NOISE, _REACH = (0.3, 1.0, 3.0), (0.1, 0.3, 1.0), (0.003, 0.02, 0.1), (0.5, 2.0)
+_SINGLE, _JOINT, _NOISE, _REACH = (0.3, 1.0, 3.0), (0.01, 0.1, 0.5), (0.003, 0.02, 0.1), (0.5, 2.0)
 _GRID = tuple(product(_SINGLE, _JOINT, _NOISE, _REACH))
 """Variances of single corrections, of joint ones and of noise, in units of that of the losses; and how far plans are
 near, in units of the median squared distance."""
