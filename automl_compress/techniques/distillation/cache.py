@@ -74,7 +74,8 @@ class AnswerCache:
         context  what answers depend on besides a sample's bytes
         unique   how many of the last samples are never asked about again: they are not looked up, and not kept
 
-        Only unknown samples are asked about. Answers that don't have a row a sample are never kept.
+        Where at least half of those that are looked up are known, only the others are asked about, else all. Answers
+        that don't have a row a sample are never kept.
         """
         shelf = self._shelves.setdefault(context, _Shelf())
         count = len(inputs[0])
@@ -84,24 +85,26 @@ class AnswerCache:
         keys = digests(tuple(part[: count - unique] for part in inputs))
         unknown = [index for index, key in enumerate(keys) if key not in shelf.rows]
         new_keys = [keys[index] for index in unknown]
+        if not keys or 2 * (len(keys) - len(unknown)) < len(keys):
+            # Putting answers together costs more than asking for a few: features are large.
+            answers = ask(inputs)
+            self._keep(shelf, new_keys, answers, count, unknown)
+            shelf.asked += count
+            self._consider(shelf)
+            return answers
         unknown += range(len(keys), count)
         self.hits += count - len(unknown)
         shelf.asked, shelf.hits = shelf.asked + count, shelf.hits + count - len(unknown)
         if not unknown:
             return _stacked(shelf, keys, inputs[0].device)
-        if len(unknown) == count:
-            answers = ask(inputs)
-            self._keep(shelf, new_keys, answers, count)
-        else:
-            index = torch.tensor(unknown, device=inputs[0].device)
-            fresh = ask(tuple(part.index_select(0, index) for part in inputs))
-            answers = _merged(shelf, keys, unknown, fresh, inputs[0].device)
-            self._keep(shelf, new_keys, fresh, len(unknown))
-        self._consider(shelf)
+        index = torch.tensor(unknown, device=inputs[0].device)
+        fresh = ask(tuple(part.index_select(0, index) for part in inputs))
+        answers = _merged(shelf, keys, unknown, fresh, inputs[0].device)
+        self._keep(shelf, new_keys, fresh, len(unknown), range(len(new_keys)))
         return answers
 
-    def _keep(self, shelf: _Shelf, keys: Sequence[bytes], answers: Tensors, asked: int) -> None:
-        """The first rows of answers to `asked` samples, a key each."""
+    def _keep(self, shelf: _Shelf, keys: Sequence[bytes], answers: Tensors, asked: int, places: Sequence[int]) -> None:
+        """Rows of the answers to `asked` samples: a key and a place each, places ascending."""
         if not keys or not all(value.ndim and len(value) == asked for value in answers.values()):
             return
         size = sum(value[0].numel() * value.element_size() for value in answers.values()) + _OVERHEAD_BYTES
@@ -110,9 +113,9 @@ class AnswerCache:
             return
         shelf.names = tuple(answers)
         # All rows share the memory of one tensor, so one that isn't kept must not be in it.
-        columns = [value[:room].detach().cpu() for value in answers.values()]
+        columns = [value.detach().cpu() for value in answers.values()]
         if room < asked:
-            columns = [column.clone() for column in columns]
+            columns = [column[list(places[:room])] for column in columns]
         for key, *row in zip(keys, *(column.unbind() for column in columns), strict=False):
             self.bytes += 0 if key in shelf.rows else size
             shelf.rows[key] = row

@@ -94,18 +94,30 @@ def test_other_layers_and_another_precision_are_other_answers() -> None:
 
 
 def test_memory_is_bounded_and_what_fits_is_kept() -> None:
-    model, cache = Counting(), AnswerCache(limit_bytes=3400)
+    model, cache = Counting(), AnswerCache(limit_bytes=6000)
     teacher = Teacher(model, [], cache)
     teacher((X,))
-    assert 0 < cache.bytes <= 3400
+    assert 0 < cache.bytes <= 6000
     kept = cache.bytes // (4 * 4 + 300)
     model.samples = 0
     teacher((X,))
     assert model.samples == len(X) - kept
-    assert cache.bytes <= 3400
+    assert cache.bytes <= 6000
     nothing = AnswerCache(limit_bytes=0)
     Teacher(model, [], nothing)((X,))
     assert (nothing.bytes, nothing.hit_rate) == (0, 0.0)
+
+
+def test_where_few_are_known_all_are_asked_about_and_the_new_ones_kept() -> None:
+    model, cache = Counting(), AnswerCache()
+    teacher = Teacher(model, [], cache)
+    teacher((X[:6],))
+    wanted = Teacher(Counting(), [])((X,)).outputs["output"]
+    model.samples = 0
+    torch.testing.assert_close(teacher((X,)).outputs["output"], wanted)
+    assert (model.samples, cache.hits) == (24, 0)
+    torch.testing.assert_close(teacher((X.flip(0),)).outputs["output"], wanted.flip(0))
+    assert (model.samples, cache.hits) == (24, 24)
 
 
 def test_it_turns_itself_off_after_an_epoch_without_hits_and_for_good_after_two_trainings() -> None:
