@@ -48,13 +48,13 @@ class TestBudgetSampler(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnl
         return lambda: _made("budget")
 
 
-class TestProjectedSampler(BasicSamplerTestCase, RelativeSamplerTestCase):
+class TestProjectedSampler(RelativeSamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
         return lambda: _made("random:project")
 
 
-class TestOrdinalSampler(BasicSamplerTestCase, SingleOnlySamplerTestCase):
+class TestOrdinalSampler(BasicSamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
         return lambda: OrdinalSampler(lambda: optuna.samplers.RandomSampler(seed=0))
