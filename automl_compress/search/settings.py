@@ -22,6 +22,14 @@ from automl_compress.techniques.training.settings import Training
 
 DEFAULT_TRIALS = 100
 DEFAULT_EPOCHS = 3.0
+_PLAIN: dict[str, Any] = {
+    "profile": "local",
+    "device": "local",
+    "space": "cnn",
+    "seed": 0,
+    "sampler": "budget",
+    "storage": None,
+}
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
 
@@ -102,6 +110,9 @@ def make_settings(
     **others: Any,
 ) -> Settings:
     """The settings behind the options of `api.compress`, defaults filled in. Raises InputError for nonsense."""
+    unknown = sorted(set(others) - set(_PLAIN))
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]!r}: see the arguments of `compress`")
     aim = parse_aim(max_drop, min_metric, front, minimise)
     limits = parse_budget(latency, size, memory, required=aim is None)
     parse_losses(distillation)
@@ -116,7 +127,7 @@ def make_settings(
         "min_metric": min_metric,
         "front": front,
         "minimise": minimise,
-        **{"profile": "local", "device": "local", "space": "cnn", "seed": 0, "sampler": "budget", "storage": None},
+        **_PLAIN,
         "trials": trials or DEFAULT_TRIALS,
         "epochs": DEFAULT_EPOCHS if epochs is None else epochs,
         "timeout": timeout,

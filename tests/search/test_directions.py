@@ -12,7 +12,7 @@ import pytest
 from automl_compress.core.result import Result
 from automl_compress.deploy.report import render
 from automl_compress.deploy.summary import summarize
-from automl_compress.errors import ExportError, InfeasibleError
+from automl_compress.errors import ExportError, InfeasibleError, InputError
 from automl_compress.search import directions, outcome
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.cheapest import cheapest_model
@@ -36,6 +36,11 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
 def strict(learned: Campaign) -> Result:
     settings = asking(max_drop="2%")
     return outcome.delivered(learned, settings, *cheapest_model(learned, settings))
+
+
+def test_an_option_that_there_is_not_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown option 'latncy'"):
+        make_settings("task.py", latency="40%", latncy="30%")
 
 
 def test_what_is_delivered_is_good_enough_and_cheaper(strict: Result) -> None:
