@@ -19,6 +19,7 @@ from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search import outcome
+from automl_compress.search.baselines import QUICK
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.contenders import make_student
 from automl_compress.search.directions import best_model
@@ -57,6 +58,7 @@ def compress(
     distillation: str = DEFAULT,
     recovery: str = DEFAULT_MODE,
     students: str | None = None,
+    baselines: str = QUICK,
     weights: str | Path | None = None,
     storage: str | None = None,
     max_failed: float = 0.5,
@@ -81,6 +83,8 @@ def compress(
     recovery  how they are trained in the end, as `recovery.names` says
     students  who competes with them in the end, joined by '+': 'scratch' (the best plan's structure from fresh
               weights), 'own' (the task's student(width); the default where the task has one), or 'inherited' alone
+    baselines what the search has to beat is evaluated and trained a little ('quick'), as often as the search and all
+              of it ('full'), or not at all ('none')
     timeout   seconds for everything; what doesn't fit is cut short, and said
     storage   an Optuna storage to share the study in; `work` joins it
     max_failed     share of one-shot trials that may fail
@@ -112,6 +116,7 @@ def compress(
         distillation=distillation,
         recovery=recovery,
         students=students,
+        baselines=baselines,
         weights=weights,
         storage=storage,
     )

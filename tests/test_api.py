@@ -125,7 +125,11 @@ def test_the_run_folder_is_complete_and_consistent(delivered: Result) -> None:
     for figures in (data["original"], data["delivered"], *data["baselines"].values()):
         assert {"metric", "latency_us", "size_bytes", "memory_bytes"} <= set(figures)
     assert {"predicted_latency_us", "test_metric", "plan"} <= set(data["delivered"])
-    assert set(data["baselines"]) == {"uniform-int8", "milp"}
+    assert set(data["baselines"]) == {"uniform-int8", "milp", "random", "prune-then-quantize"}
+    assert {(row["baseline"], row["rung"]) for row in data["standings"]} >= {
+        *(("original", "full"), ("milp", "full")),
+        *((name, "one-shot") for name in data["baselines"]),
+    }
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trials"] == EFFORT["trials"]
     assert config["latency"] == BUDGET["latency"]

@@ -112,8 +112,8 @@ def test_search_passes_every_option_on() -> None:
     line = (
         "search a/task.py:make --latency 40% --size 300KB --memory 2MB -o out --profile p --space s --trials 7 "
         "--device ssh://pi@board:2222 "
-        "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --distillation soft+dist=2 --recovery gradual "
-        "--students scratch+own --weights w.pt --storage sqlite:///x.db --quiet"
+        "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --distillation soft+dist=2 --baselines full "
+        "--recovery gradual --students scratch+own --weights w.pt --storage sqlite:///x.db --quiet"
     )
     assert main(line.split(), api=api) == 0
     [(name, args, options)] = api.calls
@@ -133,6 +133,7 @@ def test_search_passes_every_option_on() -> None:
         "seed": 3,
         "sampler": "TPESampler",
         "distillation": "soft+dist=2",
+        "baselines": "full",
         "recovery": "gradual",
         "students": "scratch+own",
         "weights": Path("w.pt"),
@@ -214,6 +215,7 @@ def test_defaults() -> None:
         "sampler": "budget",
         "max_failed": 0.5,
         "distillation": "soft+features+mixed",
+        "baselines": "quick",
         "recovery": "fine-tune",
     }
 

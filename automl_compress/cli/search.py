@@ -61,6 +61,9 @@ def _search(
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="'budget', or the name of an Optuna sampler.")
     ] = "budget",
+    baselines: Annotated[
+        str, typer.Option(metavar="EFFORT", help="For what the search has to beat: quick, full or none.")
+    ] = "quick",
     recovery: Annotated[
         str, typer.Option(metavar="MODE", help=f"How finalists are trained: {', '.join(MODES)}.")
     ] = DEFAULT_MODE,
@@ -110,6 +113,7 @@ def _search(
             "distillation": distillation,
             "recovery": recovery,
             "students": students,
+            "baselines": baselines,
             "weights": weights,
             "storage": storage,
             "output": output,

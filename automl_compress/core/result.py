@@ -77,6 +77,8 @@ class Result:
     goal       the other direction: 'asked' in words, 'metric_at_least' on validation, 'minimise'; empty within budgets
     front      folder of a model within the run folder -> its figures, cheapest first; empty where one was asked for
     baselines  name -> figures of the models that the search has to beat
+    standings  the search beside each baseline: 'baseline', 'rung', 'metric', 'search_metric', 'evaluations',
+               'search_evaluations', 'within_budget', 'beaten' (None: no rival), and the same in words, 'text'
     nearest    infeasible only: metric -> the lowest figure that is reachable
     binding    infeasible only: the layers that take most of the cheapest plan's cost
     ladder     one entry a plan that was distilled: 'plan' (key), 'budget', 'metrics' (rung by rung), 'state', 'reason'
@@ -89,6 +91,7 @@ class Result:
     original: Figures | None
     delivered: Figures | None = None
     baselines: Mapping[str, Figures] = field(default_factory=dict)
+    standings: tuple[Mapping[str, Any], ...] = ()
     nearest: Mapping[str, float] = field(default_factory=dict)
     binding: tuple[str, ...] = ()
     trials: Mapping[str, int] = field(default_factory=dict)
@@ -113,6 +116,7 @@ class Result:
             "original": self.original.to_json() if self.original else None,
             "delivered": self.delivered.to_json() if self.delivered else None,
             "baselines": {name: figures.to_json() for name, figures in self.baselines.items()},
+            "standings": [dict(standing) for standing in self.standings],
             "nearest": dict(self.nearest),
             "binding": list(self.binding),
             "trials": dict(self.trials),
@@ -131,5 +135,6 @@ class Result:
         models = {name: Figures.from_json(value) for name, value in fields["baselines"].items()}
         front = {name: Figures.from_json(value) for name, value in fields.get("front", {}).items()}
         ends = {name: Figures.from_json(fields[name]) if fields[name] else None for name in ("original", "delivered")}
-        lists = {name: tuple(fields.get(name, ())) for name in ("binding", "layers", "ladder", "notes", "training")}
+        several = ("binding", "layers", "ladder", "notes", "training", "standings")
+        lists = {name: tuple(fields.get(name, ())) for name in several}
         return cls(**{**fields, **ends, **lists, "baselines": models, "front": front, "folder": folder})

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from automl_compress.core.budget import format_bytes, format_metric, format_us
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Result
-from automl_compress.deploy.summary import Verdict, estimated, goal_lines, headline, models, verdicts
+from automl_compress.deploy.summary import Verdict, estimated, goal_lines, headline, models, standings, verdicts
 from automl_compress.deploy.training import MISSING, training_chart, training_rows
 
 MARKS = {
@@ -97,6 +97,7 @@ def render(
         headline=headline(data),
         verdicts=[_verdict_row(verdict) for verdict in verdicts(data)],
         models=[model_row(name, figures) for name, figures in models(data)],
+        standings=standings(data),
         layers=[_layer_row(layer) for layer in result.layers],
         masked=any("mask" in layer for layer in result.layers),
         goal=goal_lines(data),

@@ -128,12 +128,29 @@ def summarize(result: Mapping[str, Any]) -> str:
         how = "estimated " if estimated(result) else ""
         headers = ("model", "metric", "test", f"{how}latency", "ratio", "size", f"{how}memory")
         lines += ["", *_table([headers, *rows])]
+    lines += _standing_lines(result)
     address = result.get("device", {}).get("address", "local")
     if address != "local":
         lines += ["", f"measured on {address}"]
     if result.get("notes"):
         lines += ["", *(f"note: {note}" for note in result["notes"])]
     return "\n".join(lines)
+
+
+def standings(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """How the search did beside the baselines, in words, by rung; empty where nothing was compared."""
+    titles = {"one-shot": "before training, on the samples of trials", "full": "trained, on all validation data"}
+    found: dict[str, list[str]] = {}
+    for standing in result.get("standings", ()):
+        found.setdefault(titles.get(standing["rung"], standing["rung"]), []).append(standing["text"])
+    return found
+
+
+def _standing_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for title, texts in standings(result).items():
+        lines += ["", f"beside the baselines, {title}:", *(f"  {text}" for text in texts)]
+    return lines
 
 
 def goal_lines(result: Mapping[str, Any]) -> list[str]:

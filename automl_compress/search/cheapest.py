@@ -14,8 +14,9 @@ import numpy as np
 from automl_compress.core.budget import format_metric
 from automl_compress.core.goal import Goal
 from automl_compress.errors import InfeasibleError
+from automl_compress.search.baselines import Baselines
 from automl_compress.search.campaign import Campaign
-from automl_compress.search.climb import Climber, baseline_plans, within_budget
+from automl_compress.search.climb import Climber, within_budget
 from automl_compress.search.directions import DELIVERIES, Found, none_left, verified_or_rejected
 from automl_compress.search.edge import Edge
 from automl_compress.search.finalists import finalists
@@ -58,9 +59,9 @@ def cheapest_model(campaign: Campaign, settings: Settings) -> Found:
             break
         beaten = hunt.baselines()
         best = hunt.edge.good[0]
-        verified = verified_or_rejected(campaign, best, beaten)
+        verified = verified_or_rejected(campaign, best, beaten.candidates)
         if verified is not None:
-            return best, verified
+            return best, verified, beaten
         hunt.edge.forget(best)
     raise hunt.failure(goal, asked)
 
@@ -115,11 +116,11 @@ class _Hunt:
         self.edge.lost = self._one_shot_losses()
         self._add(found, at=share)
 
-    def baselines(self) -> dict[str, Candidate]:
+    def baselines(self) -> Baselines:
         """The baselines at the cost of the cheapest good model, which they are to be compared with."""
         leg = self._leg(self._share(self.edge.good[0]))
-        beaten = self.climber.baselines(leg, self.climber.allot(0, baselines=len(baseline_plans(leg))))
-        self._add(within_budget(self.campaign, beaten))
+        beaten = self.climber.compare(leg, self.climber.allot(0, baselines=self.climber.beside(leg)))
+        self._add(within_budget(self.campaign, beaten.trained))
         return beaten
 
     def failure(self, goal: Goal, asked: float) -> Exception:
@@ -144,7 +145,7 @@ class _Hunt:
 
     @property
     def _beside(self) -> int:
-        return len(baseline_plans(self.campaign))
+        return self.climber.beside(self.campaign)
 
     def _leg(self, share: float) -> Campaign:
         return self.campaign.leg(self.what, share)

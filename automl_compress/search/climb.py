@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from automl_compress.core.plan import Plan
+from automl_compress.search.baselines import Baselines, compare
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.halving import halve
-from automl_compress.search.ladder import FULL, Candidate, Recovery
+from automl_compress.search.ladder import FULL, UNTRAINED, Candidate, Recovery
 from automl_compress.search.seeds import MILP, UNIFORM
 from automl_compress.search.settings import Settings
 from automl_compress.search.timing import SHARES, Allotment, Costs, TooShort, allot, rungs, unlimited
@@ -38,7 +39,7 @@ class Climber:
     """Recovers plans of one run: holds what is the same for all of them."""
 
     def __init__(self, campaign: Campaign, settings: Settings) -> None:
-        self.campaign, self.schedule = campaign, settings.schedule
+        self.campaign, self.schedule, self.effort = campaign, settings.schedule, settings.baselines
         self.recovery = Recovery(campaign.bench, campaign.folder, settings.losses, settings.recovery)
 
     def allot(self, trials: int, *, baselines: int, looks: int = 1) -> Allotment:
@@ -91,6 +92,25 @@ class Climber:
                 break
             found[name] = self.recover(campaign, plan, FULL, allotment.baseline_epochs)
         return found
+
+    def compare(self, campaign: Campaign, allotment: Allotment) -> Baselines:
+        """All that the search has to beat, evaluated and trained as `--baselines` says."""
+
+        def recover_beside(plan: Plan, trained: bool) -> Candidate:
+            epochs = allotment.baseline_epochs if trained else 0.0
+            return self.recover(campaign, plan, FULL if trained else UNTRAINED, epochs)
+
+        return compare(
+            campaign,
+            self.effort,
+            recover_beside,
+            may_train=allotment.baseline_epochs == allotment.epochs,
+            stop=lambda: not self.time_for_another(),
+        )
+
+    def beside(self, campaign: Campaign) -> int:
+        """How many models are finished only to compare with; what is searched for that is left out without time."""
+        return 0 if self.effort == "none" else len(baseline_plans(campaign))
 
     def recover(self, campaign: Campaign, plan: Plan, rung: str, epochs: float) -> Candidate:
         """One recovery with progress, within the time limit."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from automl_compress.errors import CompressError, ExportError
+from automl_compress.search.baselines import Baselines
 from automl_compress.search.campaign import Campaign
-from automl_compress.search.climb import Climber, baseline_plans, within_budget
+from automl_compress.search.climb import Climber, within_budget
 from automl_compress.search.contenders import Contenders
 from automl_compress.search.deliver import Verified, verify
 from automl_compress.search.finalists import finalists
 from automl_compress.search.ladder import Candidate
 from automl_compress.search.settings import Settings
 
-Found = tuple[Candidate, Verified]
+Found = tuple[Candidate, Verified, Baselines]
 DELIVERIES = 4
 
 
@@ -23,21 +26,22 @@ def best_model(campaign: Campaign, settings: Settings) -> Found:
     trials, climber = int(settings.options["trials"]), Climber(campaign, settings)
     contenders = Contenders(campaign, settings)
     for attempt in range(DELIVERIES):
-        beside = len(baseline_plans(campaign))
+        beside = climber.beside(campaign)
         plans = finalists(campaign, trials + attempt, climber.allot(trials, baselines=beside).exploring)
         allotment = climber.allot(0, baselines=beside)
         finished = climber.climb(campaign, plans, allotment)
-        beaten = climber.baselines(campaign, allotment)
+        beaten = climber.compare(campaign, allotment)
         others = contenders.finished(finished)
-        best = max([finished, *within_budget(campaign, beaten), *others], key=lambda candidate: candidate.metric)
-        verified = verified_or_rejected(campaign, best, beaten)
+        models = [finished, *within_budget(campaign, beaten.trained), *others]
+        best = max(models, key=lambda candidate: candidate.metric)
+        verified = verified_or_rejected(campaign, best, beaten.candidates)
         if verified is not None:
-            return best, verified
+            return best, verified, beaten
         contenders.reject(best)
     raise none_left(campaign, DELIVERIES)
 
 
-def verified_or_rejected(campaign: Campaign, candidate: Candidate, beaten: dict[str, Candidate]) -> Verified | None:
+def verified_or_rejected(campaign: Campaign, candidate: Candidate, beaten: Mapping[str, Candidate]) -> Verified | None:
     """A finished model's figures if it is sound and within the budget; else None, and the search knows why."""
     key = candidate.plan.key if candidate.width is None else f"student({candidate.width:g})"
     try:

@@ -42,6 +42,7 @@ from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Resources, Training
 
 FULL = "full"
+UNTRAINED = "untrained"
 # Training with rounding starts from a distilled model: less of it, and at a smaller rate, since batch-norms are folded.
 ROUNDING_SHARE = 1 / 3
 ROUNDING_RATE = 1 / 4

@@ -7,37 +7,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from automl_compress.core.result import Figures, Result
+from automl_compress.core.result import Result
 from automl_compress.deploy.overview import write_overview
 from automl_compress.deploy.report import write_report
 from automl_compress.errors import CompressError, InfeasibleError
 from automl_compress.search.account import ladder_rows, trial_rows
 from automl_compress.search.account import notes as notes_of
+from automl_compress.search.baselines import Baselines
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.deliver import Verified, final_metric
 from automl_compress.search.front import Point
 from automl_compress.search.ladder import Candidate, plan_file
 from automl_compress.search.settings import Settings, reproduce
+from automl_compress.search.standings import full_standings, one_shot_standings
 
 
-def delivered(campaign: Campaign, settings: Settings, best: Candidate, verified: Verified) -> Result:
+def delivered(campaign: Campaign, settings: Settings, best: Candidate, verified: Verified, beaten: Baselines) -> Result:
     """Put the model into the run folder, and read the test split for it."""
     folder = campaign.folder
     folder.write_bytes("best.onnx", best.onnx.read_bytes())
     folder.write_bytes("best.safetensors", best.weights.read_bytes())
     folder.write_json("plan.json", plan_file(best, campaign.bench))
     figures = replace(verified.delivered, test_metric=final_metric(campaign, best))
-    notes = [*verified.notes, *_beside_baselines(settings, verified, figures)]
     return _result(
         campaign,
         settings,
         status="met" if verified.cost.provenance == "measured" else "estimated",
         original=verified.original,
         delivered=figures,
-        baselines=verified.baselines,
+        baselines={
+            name: found if name in beaten.distilled else replace(found, note="not trained")
+            for name, found in verified.baselines.items()
+        },
+        standings=tuple(
+            standing.to_json()
+            for standing in (*one_shot_standings(beaten), *full_standings(beaten, verified, settings.goal))
+        ),
         budget=verified.budget.limits,
         layers=verified.layers,
-        notes=(*notes, *(f"the time limit left {cut}" for cut in settings.clock.cuts), *notes_of(campaign)),
+        notes=(*verified.notes, *(f"the time limit left {cut}" for cut in settings.clock.cuts), *notes_of(campaign)),
         seconds={"total": settings.clock.now() - settings.clock.begun, "distillation": best.seconds},
         training=best.training,
     )
@@ -69,36 +77,6 @@ def front(campaign: Campaign, settings: Settings, points: Sequence[Point]) -> Re
         notes=(*notes, *(f"the time limit left {cut}" for cut in settings.clock.cuts), *notes_of(campaign)),
         seconds={"total": settings.clock.now() - settings.clock.begun},
     )
-
-
-def _beside_baselines(settings: Settings, verified: Verified, found: Figures) -> list[str]:
-    """Which baselines the search did not beat, in the direction that was asked for."""
-    notes = []
-    for name, figures in verified.baselines.items():
-        cost = replace(
-            verified.cost,
-            latency_us=figures.latency_us,
-            size_bytes=figures.size_bytes,
-            memory_bytes=figures.memory_bytes,
-        )
-        goal = settings.goal
-        if figures.plan == found.plan:
-            notes.append(f"the delivered model is the baseline {name}: the search found nothing better")
-        elif not verified.budget.met(cost):
-            continue
-        elif goal is None and figures.metric >= found.metric:
-            notes.append(
-                f"baseline {name} is within the budget and not worse on validation: the search did not beat it"
-            )
-        elif (
-            goal is not None
-            and goal.reached(figures.metric, verified.original.metric)
-            and cost.of(goal.minimise) <= verified.cost.of(goal.minimise)
-        ):
-            notes.append(
-                f"baseline {name} is good enough and its {goal.minimise} isn't higher: the search did not beat it"
-            )
-    return notes
 
 
 def infeasible(campaign: Campaign, settings: Settings, error: InfeasibleError) -> Result:

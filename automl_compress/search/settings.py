@@ -15,6 +15,7 @@ from automl_compress.core.goal import Front, Goal, parse_aim
 from automl_compress.errors import InputError
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.recovery.students import parse_students
+from automl_compress.search.baselines import QUICK, check_effort
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.timing import Clock
 from automl_compress.techniques.distillation.losses import DEFAULT, Losses, parse_losses
@@ -84,6 +85,11 @@ class Settings:
         return str(self.options["recovery"])
 
     @property
+    def baselines(self) -> str:
+        """How much what the search has to beat may cost: 'quick', 'full' or 'none'."""
+        return str(self.options["baselines"])
+
+    @property
     def losses(self) -> Losses:
         """What candidates are trained for."""
         return parse_losses(self.options["distillation"])
@@ -106,6 +112,7 @@ def make_settings(
     distillation: str = DEFAULT,
     recovery: str = DEFAULT_MODE,
     students: str | None = None,
+    baselines: str = QUICK,
     weights: Any = None,
     **others: Any,
 ) -> Settings:
@@ -135,6 +142,7 @@ def make_settings(
         "distillation": distillation,
         "recovery": recovery,
         "students": students,
+        "baselines": check_effort(baselines),
         "weights": str(weights) if weights else None,
         **others,
     }

@@ -66,7 +66,7 @@ def test_no_evaluated_plan_that_is_good_enough_is_much_cheaper(strict: Result, l
 
 def test_a_larger_loss_buys_a_cheaper_model_from_what_is_known(strict: Result, learned: Campaign) -> None:
     settings = asking(max_drop="15%")
-    found, verified = cheapest_model(learned, settings)
+    found, verified, _ = cheapest_model(learned, settings)
     assert strict.delivered is not None
     assert found.metric >= 0.85 * verified.original.metric
     assert verified.delivered.latency_us <= strict.delivered.latency_us
@@ -101,7 +101,7 @@ def test_a_model_that_is_not_sound_is_passed_over(
         return sound(campaign, candidate, {})
 
     monkeypatch.setattr(directions, "verify", verify)
-    found, verified = cheapest_model(learned, asking(max_drop="2%"))
+    found, verified, _ = cheapest_model(learned, asking(max_drop="2%"))
     assert len(checked) == 2
     assert found.plan.key == checked[1]
     assert checked[0] == strict.delivered.plan.key != checked[1]

@@ -1,0 +1,138 @@
+"""Whether the search beat each baseline, in plain words.
+
+Before training, the search's best is that after as many evaluations as the baseline had; after training, it is the
+delivered model beside baselines that were trained like it, on all validation data. The two are never mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from automl_compress.core.budget import format_metric
+from automl_compress.core.goal import Goal
+from automl_compress.core.result import Figures
+from automl_compress.search.baselines import Baselines, Rival
+from automl_compress.search.deliver import Verified
+from automl_compress.search.seeds import ORIGINAL
+
+Rung = Literal["one-shot", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """The search beside one baseline at one rung.
+
+    metric, search_metric    what was compared: at "one-shot" the metric on the samples of trials, each the best of so
+                             many `evaluations`; at "full" the metric on all validation data
+    within_budget            whether the baseline is a rival: within every budget, and good enough where that was asked
+    beaten                   None where the baseline is no rival, or was not to be had
+    """
+
+    baseline: str
+    rung: Rung
+    metric: float | None
+    search_metric: float | None
+    evaluations: int = 1
+    search_evaluations: int = 1
+    within_budget: bool
+    beaten: bool | None
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def one_shot_standings(found: Baselines) -> Iterator[Standing]:
+    """For a baseline that is a single plan, the search's best of all its evaluations counts."""
+    for rival in found.rivals:
+        among = found.search[: rival.evaluations] if rival.is_searched else found.search
+        best = max(among, default=None)
+        beaten = None
+        if rival.fits and rival.metric is not None and best is not None:
+            beaten = best > rival.metric
+        yield Standing(
+            baseline=rival.name,
+            rung="one-shot",
+            metric=rival.metric,
+            search_metric=best,
+            evaluations=rival.evaluations,
+            search_evaluations=len(among),
+            within_budget=rival.fits,
+            beaten=beaten,
+            text=f"{rival.name}: {_one_shot_text(rival, best, len(among), beaten)}",
+        )
+
+
+def _one_shot_text(rival: Rival, best: float | None, count: int, beaten: bool | None) -> str:
+    if rival.plan is None:
+        return f"none of the {rival.evaluations} plans that were evaluated is within the budget"
+    if not rival.fits:
+        return "over the budget, no rival"
+    if beaten is None:
+        return "not evaluated"
+    of = f" (best of {rival.evaluations})" if rival.is_searched else ""
+    return f"{_number(rival.metric)}{of}, the search {_number(best)} (best of {count}): {_verdict(beaten)}"
+
+
+def full_standings(found: Baselines, verified: Verified, goal: Goal | None = None) -> Iterator[Standing]:
+    """The delivered model beside the original and the baselines that were trained; with a `goal`, its cost beside that
+    of baselines that are good enough."""
+    delivered = verified.delivered
+    models = {ORIGINAL: verified.original, **{k: v for k, v in verified.baselines.items() if k in found.distilled}}
+    for name, figures in models.items():
+        rival = _is_rival(figures, verified, goal)
+        same = figures.plan is not None and figures.plan == delivered.plan
+        beaten = None if not rival else False if same else _better(delivered, figures, goal)
+        what = "it is the delivered model" if same else f"the delivered model {_shown(delivered, goal)}"
+        trained = "as it was" if name == ORIGINAL else "trained"
+        yield Standing(
+            baseline=name,
+            rung="full",
+            metric=figures.metric,
+            search_metric=delivered.metric,
+            within_budget=rival,
+            beaten=beaten,
+            text=f"{name}: {_shown(figures, goal)} {trained}, {what}: {_verdict(beaten)}",
+        )
+
+
+def _is_rival(figures: Figures, verified: Verified, goal: Goal | None) -> bool:
+    cost = replace(
+        verified.cost,
+        latency_us=figures.latency_us,
+        size_bytes=figures.size_bytes,
+        memory_bytes=figures.memory_bytes,
+    )
+    enough = goal is None or goal.reached(figures.metric, verified.original.metric)
+    return enough and verified.budget.met(cost)
+
+
+def _better(delivered: Figures, other: Figures, goal: Goal | None) -> bool:
+    if goal is None:
+        return delivered.metric > other.metric
+    return _cost(delivered, goal) < _cost(other, goal)
+
+
+def _cost(figures: Figures, goal: Goal) -> float:
+    fields: Mapping[str, float] = {
+        "latency": figures.latency_us,
+        "size": figures.size_bytes,
+        "memory": figures.memory_bytes,
+    }
+    return fields[goal.minimise]
+
+
+def _shown(figures: Figures, goal: Goal | None) -> str:
+    if goal is None:
+        return _number(figures.metric)
+    return f"{_number(figures.metric)} with {format_metric(goal.minimise, _cost(figures, goal))}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _verdict(beaten: bool | None) -> str:
+    return {True: "beaten", False: "not beaten", None: "no rival (over a budget, or not good enough)"}[beaten]
