@@ -106,14 +106,14 @@ def compare(
 
     recover    recovers a plan, and says with True that it is to be trained like the search's own
     may_train  False where a time limit leaves nothing for that
-    stop       asked before every evaluation, and before every model that is only recovered to compare with
+    stop       asked before every evaluation and every recovery: no time is left for another
     """
     search = tuple(float(trial.values[0]) for trial in searched(campaign))
     rivals = find_rivals(campaign, effort, search, stop)
     candidates: dict[str, Candidate] = {}
     distilled = set()
     for rival in rivals if effort != "none" else ():
-        if rival.plan is None or (rival.is_searched and stop()):
+        if rival.plan is None or stop():
             continue
         worth = effort == "full" or _worth_training(rival, max(search, default=float("-inf")))
         candidates[rival.name] = recover(rival.plan, may_train and worth)

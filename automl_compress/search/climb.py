@@ -100,13 +100,17 @@ class Climber:
             epochs = allotment.baseline_epochs if trained else 0.0
             return self.recover(campaign, plan, FULL if trained else UNTRAINED, epochs)
 
-        return compare(
+        found = compare(
             campaign,
             self.effort,
             recover_beside,
             may_train=allotment.baseline_epochs == allotment.epochs,
             stop=lambda: not self.time_for_another(),
         )
+        possible = sum(rival.plan is not None for rival in found.rivals)
+        if self.effort != "none" and len(found.candidates) < possible:
+            self._tell(f"{len(found.candidates)} of {possible} baselines to compare with")
+        return found
 
     def beside(self, campaign: Campaign) -> int:
         """How many models are finished only to compare with; what is searched for that is left out without time."""
