@@ -11,8 +11,8 @@
 How much they may cost is the user's choice:
 
 quick  random plans and the classic route get a tenth of the search's evaluations (at least 4). Trained like the
-       search's own are uniform 8 bits and the table's optimum where they are within the budget, and whatever the search
-       didn't beat before training; the others are measured as they are, without training.
+       search's own are uniform 8 bits and the table's optimum where they are within the budget, and whatever was better
+       than the search before training; the others are measured as they are, without training.
 full   as many evaluations as the search; everything is trained.
 none   nothing is evaluated or trained for their sake.
 """
@@ -125,7 +125,7 @@ def compare(
 def _worth_training(rival: Rival, best: float) -> bool:
     if not rival.fits:
         return False
-    return not rival.is_searched or (rival.metric is not None and rival.metric >= best)
+    return not rival.is_searched or (rival.metric is not None and rival.metric > best)
 
 
 def find_rivals(
