@@ -69,7 +69,7 @@ def _timed(size: int, shares: dict[str, float], trials: int) -> list[float]:
     graph = network(size)
     space = space_of(graph)
     truth = table_of(space, graph, 0)
-    spent = defaultdict(float)
+    spent: dict[str, float] = defaultdict(float)
 
     def predict(plan: Any) -> Any:
         with _clocked(spent, "predict"):
@@ -113,6 +113,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
     from automl_compress.search.budget_sampler import BudgetSampler
     from automl_compress.search.evaluate import Workbench
     from automl_compress.search.ladder import Recovery
+    from automl_compress.search.sensitivity import measure_sensitivity
 
     spent: dict[str, float] = defaultdict(float)
     clock = _Exclusive(spent)
@@ -122,7 +123,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
             [
                 (Workbench, "one_shot", clock.wrap("evaluate", Workbench.one_shot)),
                 (Workbench, "metric", clock.wrap("evaluate", Workbench.metric)),
-                (campaign, "measure_sensitivity", clock.wrap("evaluate", campaign.measure_sensitivity)),
+                (campaign, "measure_sensitivity", clock.wrap("evaluate", measure_sensitivity)),
                 (Recovery, "recover", clock.wrap("train", Recovery.recover)),
                 (Device, "compare", clock.wrap("measure", Device.compare)),
                 (Device, "memory_bytes", clock.wrap("measure", Device.memory_bytes)),
@@ -153,7 +154,8 @@ class _Exclusive:
     """Charges time to the innermost of nested calls; `within` says what it was charged to during calls of a name."""
 
     def __init__(self, spent: dict[str, float]) -> None:
-        self._spent, self._stack, self._since = spent, [], time.perf_counter()
+        self._spent, self._since = spent, time.perf_counter()
+        self._stack: list[str] = []
         self.within: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
