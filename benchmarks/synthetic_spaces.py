@@ -130,7 +130,7 @@ def _latency(layer: Any, inputs: int, outputs: int, bits: int, block8: int) -> f
     block = 16 if bits == 32 else block8
     full = -(-outputs // block) * block
     ragged = 0.0 if outputs % block == 0 else 0.25 * block
-    macs = layer.macs / (layer.in_channels * layer.out_channels) * inputs * (full + ragged)
+    macs: float = layer.macs / (layer.in_channels * layer.out_channels) * inputs * (full + ragged)
     return 2.0 + macs / (40e3 if bits == 32 else 130e3)
 
 
