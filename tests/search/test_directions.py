@@ -13,7 +13,7 @@ from automl_compress.core.result import Result
 from automl_compress.deploy.report import render
 from automl_compress.deploy.summary import summarize
 from automl_compress.errors import ExportError, InfeasibleError, InputError
-from automl_compress.search import directions, outcome
+from automl_compress.search import cheapest, directions, outcome
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.front import front_models
@@ -107,6 +107,7 @@ def test_a_model_that_is_not_sound_is_passed_over(
     assert checked[0] == strict.delivered.plan.key != checked[1]
     assert verified.delivered.metric >= strict.goal["metric_at_least"]
     monkeypatch.setattr(directions, "verify", lambda *_: (_ for _ in ()).throw(ExportError("they saturate")))
+    monkeypatch.setattr(cheapest, "DELIVERIES", 1)
     with pytest.raises(ExportError, match=r"rejected.*they saturate"):
         cheapest_model(learned, asking(max_drop="2%"))
     learned.rejected.clear()
@@ -116,6 +117,7 @@ def test_where_no_model_is_good_enough_the_nearest_is_named(
     strict: Result, learned: Campaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learned, "original_metric", lambda: 1.0)  # nothing here reaches that
+    monkeypatch.setattr(cheapest, "_LOOKS", 1)
     with pytest.raises(InfeasibleError, match="no compressed model") as caught:
         cheapest_model(learned, asking(max_drop="0"))
     assert set(caught.value.nearest) == {"metric", "latency"}
