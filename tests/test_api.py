@@ -245,7 +245,8 @@ def test_another_budget_is_answered_from_what_a_run_knows(
     assert result.delivered.latency_us <= result.budget["latency"]
     assert result.trials["reused"] == len(set(evaluated_before))
     assert not set(evaluated(tmp_path / "again")) & set(evaluated_before)
-    assert len(repaired) <= 2
+    # Two trials; random plans and the classic route are evaluated at most as often each.
+    assert len(repaired) == len(set(repaired)) <= 2 + 2 * 2
     sensitivities = [(folder / "sensitivity.jsonl").read_text() for folder in (delivered.folder, tmp_path / "again")]
     assert sensitivities[0] == sensitivities[1]
     with pytest.raises(RunFolderError, match="run of another task"):
