@@ -112,10 +112,13 @@ def compare(
     rivals = find_rivals(campaign, effort, search, stop)
     candidates: dict[str, Candidate] = {}
     distilled = set()
+    best = max(search, default=float("-inf"))
+    # Two baselines may come to one plan, which is then one model.
+    trained = {campaign.space.plan_key(r.plan) for r in rivals if r.plan is not None and _worth_training(r, best)}
     for rival in rivals if effort != "none" else ():
         if rival.plan is None or stop():
             continue
-        worth = effort == "full" or _worth_training(rival, max(search, default=float("-inf")))
+        worth = effort == "full" or campaign.space.plan_key(rival.plan) in trained
         candidates[rival.name] = recover(rival.plan, may_train and worth)
         if may_train and worth:
             distilled.add(rival.name)

@@ -34,7 +34,7 @@ from automl_compress.search.measured import MeasuredCosts
 from automl_compress.search.pricing import additive_table
 from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sampler import make_sampler
-from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
+from automl_compress.search.seeds import FEWEST_BLOCKS, MILP, UNIFORM, fewest_blocks, loosest_optimum, simple_plans
 from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
@@ -247,7 +247,11 @@ class Campaign:
         plans = simple_plans(self.space)
         if self._milp is None:
             self._milp = self._first_milp()
-        return plans | ({MILP: self._milp} if self._milp.key != Plan().key else {})
+        if self._milp.key != Plan().key:
+            plans[MILP] = self._milp
+        quantized = next((plan for name, plan in plans.items() if name.startswith(UNIFORM)), Plan())
+        milder = fewest_blocks(self.space, self.table.quality, quantized, self.fits)
+        return plans | ({FEWEST_BLOCKS: milder} if milder is not None else {})
 
     def _first_milp(self) -> Plan:
         """The table's optimum as it was before any trial; the original where there is none within the budget."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.search.pricing import plain_bits, uniform_bits
 from automl_compress.search.space import SearchSpace
+from automl_compress.search.table import QualityKey
 
 ORIGINAL = "original"
 MILP = "milp"
 UNIFORM = "uniform-int"
+FEWEST_BLOCKS = "fewest-blocks"
 _SCALES = (0.6, 1.4)
 _STEPS = 7
 
@@ -47,3 +50,20 @@ def loosest_optimum(solve: Callable[[float], Plan | None], fits: Callable[[Plan]
         else:
             low, best = scale, plan or best
     return best
+
+
+def fewest_blocks(
+    space: SearchSpace, quality: Mapping[QualityKey, float], start: Plan, fits: Callable[[Plan], bool]
+) -> Plan | None:
+    """`start` without the blocks that cost least in quality alone, as few as make it fit; None if that doesn't help.
+
+    The plan that somebody would make by hand. Where evaluations without training can't tell plans apart it is the
+    mildest of them, since nothing else was touched.
+    """
+    removable = [d for d in space.decisions if d.kind == "drop" and True in d.options]
+    removable.sort(key=lambda d: (quality.get((d.name, True), math.inf), d.name))
+    for count in range(1, len(removable) + 1):
+        plan = replace(start, drop=start.drop | {d.target for d in removable[:count]})
+        if fits(plan):
+            return plan
+    return None

@@ -89,7 +89,7 @@ def climber(hand: Hand, monkeypatch: pytest.MonkeyPatch, *, limit: float | None,
         original_metric=lambda: 1.0,
         seeds=lambda: {"uniform-int8": Plan(width=0.9), "milp": Plan(width=0.8), "original": Plan()},
     )
-    settings: Any = SimpleNamespace(schedule=Training(epochs=3), losses=None, recovery="fine-tune")
+    settings: Any = SimpleNamespace(schedule=Training(epochs=3), losses=None, recovery="fine-tune", baselines="none")
     return climb.Climber(campaign, settings)
 
 

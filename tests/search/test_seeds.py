@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from automl_compress.core.plan import Plan
+from automl_compress.search.pricing import uniform_bits
+from automl_compress.search.seeds import fewest_blocks
+from tests.search.networks import residual, space_of, table_for
+
+GRAPH = residual(blocks=4)
+SPACE = space_of(GRAPH)
+LOSSES = {("drop.b0", True): 0.3, ("drop.b1", True): 0.1, ("drop.b2", True): 0.2, ("drop.b3", True): 9.0}
+QUALITY = {**table_for(SPACE, GRAPH, 1).quality, **LOSSES}
+
+
+def test_the_blocks_that_cost_least_go_first_and_no_more_than_needed() -> None:
+    start = uniform_bits(SPACE, 8)
+    for needed, gone in enumerate(({"b1"}, {"b1", "b2"}, {"b0", "b1", "b2"}, {"b0", "b1", "b2", "b3"}), start=1):
+        found = fewest_blocks(SPACE, QUALITY, start, lambda plan, n=needed: len(plan.drop) >= n)
+        assert found is not None
+        assert found.drop == gone
+        assert replace(found, drop=frozenset()) == start, "nothing else is touched"
+
+
+def test_where_no_number_of_blocks_is_enough_there_is_no_such_plan() -> None:
+    assert fewest_blocks(SPACE, QUALITY, Plan(), lambda plan: False) is None
+    without = replace(SPACE, decisions=tuple(d for d in SPACE.decisions if d.kind != "drop"))
+    assert fewest_blocks(without, QUALITY, Plan(), lambda plan: True) is None
