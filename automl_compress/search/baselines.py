@@ -19,8 +19,8 @@ none   nothing is evaluated or trained for their sake.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from automl_compress.errors import CompressError, InputError
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.feasibility import additive_limits
 from automl_compress.search.ladder import Candidate
+from automl_compress.search.lines import append_line, read_lines
 from automl_compress.search.rivals import Market, prune_then_quantize, random_feasible
 from automl_compress.search.seeds import MILP, UNIFORM
 from automl_compress.search.study import ADOPTED
@@ -193,12 +194,9 @@ class _Evaluations:
     def __init__(self, campaign: Campaign, file: Path) -> None:
         self._campaign, self._file = campaign, file
         self._known = {t.user_attrs["plan"]: float(t.values[0]) for t in searched(campaign)}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            try:
-                entry = json.loads(line)
+        for entry in read_lines(file):
+            with suppress(ValueError, KeyError, TypeError):
                 self._known.setdefault(str(entry["plan"]), float(entry["metric"]))
-            except (ValueError, KeyError, TypeError):  # cut short by a kill: evaluated again
-                continue
 
     def known(self, plan: Plan) -> float | None:
         return self._known.get(self._campaign.space.plan_key(plan))
@@ -207,9 +205,7 @@ class _Evaluations:
         key = self._campaign.space.plan_key(plan)
         if key not in self._known:
             self._known[key] = self._campaign.evaluate(plan)
-            torn = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write("\n" * torn + json.dumps({"plan": key, "metric": self._known[key]}) + "\n")
+            append_line(self._file, {"plan": key, "metric": self._known[key]})
         self._campaign.progress.advance()
         return self._known[key]
 

@@ -28,6 +28,7 @@ from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search.campaign import MEASURED, SENSITIVITY, SPACE, Campaign
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.identity import digest_of
+from automl_compress.search.lines import read_lines
 from automl_compress.search.space import plan_of
 from automl_compress.search.storage import JOURNAL, open_storage
 from automl_compress.search.study import ADOPTED
@@ -147,9 +148,9 @@ class Known:
         source, target = self.folder / SENSITIVITY, campaign.folder.file(SENSITIVITY)
         if target.exists() or not source.exists():
             return 0
-        lines = [line for line in source.read_text(encoding="utf-8").splitlines() if _whole(line)]
-        kept = [line for line in lines if bits or not json.loads(line)["option"].startswith("bits.")]
-        campaign.folder.write_bytes(SENSITIVITY, "".join(f"{line}\n" for line in kept).encode())
+        entries = [entry for entry in read_lines(source) if "option" in entry]
+        kept = [entry for entry in entries if bits or not entry["option"].startswith("bits.")]
+        campaign.folder.write_bytes(SENSITIVITY, "".join(f"{json.dumps(entry)}\n" for entry in kept).encode())
         return len(kept)
 
     def _lend_candidates(self, campaign: Campaign) -> int:
@@ -221,11 +222,3 @@ def profile_names(profiles: Sequence[str]) -> dict[str, str]:
     if len(names) < len(profiles):
         raise InputError(f"--profile: {', '.join(profiles)} name a device twice; each gets a folder of its name")
     return names
-
-
-def _whole(line: str) -> bool:
-    """Whether a line wasn't cut short by a kill."""
-    try:
-        return "option" in json.loads(line)
-    except (ValueError, TypeError):
-        return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import Plan
+from automl_compress.search.lines import append_line, read_lines
 
 
 class MeasuredCosts(dict[str, Cost]):
@@ -19,9 +19,8 @@ class MeasuredCosts(dict[str, Cost]):
     def load(self, path: Path) -> None:
         """Keep costs in this file from now on, and take those that it has; a line that a kill cut short is left out."""
         self.path = path
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for entry in read_lines(path):
             with suppress(ValueError, TypeError, KeyError):
-                entry = json.loads(line)
                 key = entry.pop("plan")
                 self[key] = Cost(**entry)
 
@@ -29,6 +28,4 @@ class MeasuredCosts(dict[str, Cost]):
         """From now on this is the plan's cost."""
         self[plan.key] = cost
         if self.path is not None:
-            torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * torn + json.dumps({"plan": plan.key, **asdict(cost)}) + "\n")
+            append_line(self.path, {"plan": plan.key, **asdict(cost)})

@@ -8,14 +8,15 @@ which is convex and starts at 0. The table is kept in the run folder and reused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from automl_compress.core.plan import Plan
 from automl_compress.search.evaluate import Workbench
+from automl_compress.search.lines import append_line, read_lines
 from automl_compress.search.space import Decision, SearchSpace
 from automl_compress.search.student import Students
 from automl_compress.search.table import Option, QualityKey
@@ -45,7 +46,8 @@ def measure_sensitivity(
         for option, key in keys.items():
             if key not in known:
                 known[key] = found[option] if found else _one(bench, decision, option)
-                _append(file, key, known[key])
+                if file is not None:
+                    append_line(file, {"option": key, "distance": known[key]})
             result[decision.name, option] = known[key]
             advance()
     return result
@@ -103,19 +105,7 @@ def _curve(students: Students, group: str, size: int, kept: int) -> float:
 def _load(file: Path | None) -> dict[str, float]:
     """A line an option; a line that a kill cut short is measured again."""
     known: dict[str, float] = {}
-    if file is None or not file.exists():
-        return known
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
+    for entry in read_lines(file) if file is not None else ():
+        with suppress(ValueError, KeyError, TypeError):
             known[str(entry["option"])] = float(entry["distance"])
-        except (ValueError, KeyError, TypeError):
-            continue
     return known
-
-
-def _append(file: Path | None, key: str, value: float) -> None:
-    if file is not None:
-        torn = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write("\n" * torn + json.dumps({"option": key, "distance": value}) + "\n")
