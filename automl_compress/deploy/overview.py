@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from automl_compress.deploy.pages import fill, write_page
 from automl_compress.deploy.report import model_row
 from automl_compress.deploy.summary import headline, models, read_result, summarize
 from automl_compress.errors import RunFolderError
@@ -25,9 +25,7 @@ def write_overview(folder: Path, results: Mapping[str, Mapping[str, Any]]) -> No
     """Write `devices.json`, which names the run folder of each device, and `report.html`."""
     index = {"schema": SCHEMA, "version": 1, "folders": {name: name for name in results}}
     for name, text in (("report.html", render(results)), (FILE, json.dumps(index, indent=1) + "\n")):
-        draft = folder / f"{name}.part"
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, folder / name)
+        write_page(folder / name, text)
 
 
 def read_overview(folder: Path) -> dict[str, dict[str, Any]] | None:
@@ -49,15 +47,6 @@ def summarize_devices(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("automl_compress", "deploy"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     devices = [
         {
             "name": name,
@@ -67,4 +56,4 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         }
         for name, result in results.items()
     ]
-    return environment.get_template("devices.html.j2").render(devices=devices)
+    return fill("devices.html.j2", devices=devices)

@@ -6,7 +6,6 @@ and what was measured is said beside each.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,6 +13,7 @@ from typing import Any, TypedDict
 from automl_compress.core.budget import format_bytes, format_metric, format_us
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Result
+from automl_compress.deploy.pages import fill, write_page
 from automl_compress.deploy.summary import Verdict, estimated, goal_lines, headline, models, standings, verdicts
 from automl_compress.deploy.training import MISSING, training_chart, training_rows
 
@@ -71,28 +71,17 @@ def write_report(
     from plotly.offline import get_plotlyjs
 
     page = render(result, study_rows, commands=commands, plotly_js=get_plotlyjs())
-    path, draft = folder / "report.html", folder / "report.html.part"
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_page(folder / "report.html", page)
 
 
 def render(
     result: Result, study_rows: Sequence[Mapping[str, Any]], *, commands: Sequence[str] = (), plotly_js: str
 ) -> str:
     """The page as text. `plotly_js` is the plotting library's source, which is put into the page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("automl_compress", "deploy"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     data = result.to_json()
     plan = result.delivered.plan if result.delivered else None
-    return environment.get_template("report.html.j2").render(
+    return fill(
+        "report.html.j2",
         result=result,
         headline=headline(data),
         verdicts=[_verdict_row(verdict) for verdict in verdicts(data)],
