@@ -95,7 +95,7 @@ class Campaign:
     _study: optuna.Study | None = None
     _recovery: optuna.Study | None = None
     _begun: bool = False
-    _milp: Plan | None = None
+    _seeds: Mapping[str, Plan] | None = None
 
     def learn(self) -> None:
         """Everything that comes before the first trial. Raises InfeasibleError if no trial could help."""
@@ -175,7 +175,7 @@ class Campaign:
         if label not in self.legs:
             leg = copy(self)
             leg.limits, leg.label = {**self.limits, metric: limit}, label
-            leg._study, leg._recovery, leg._milp, leg._begun = None, None, None, False
+            leg._study, leg._recovery, leg._seeds, leg._begun = None, None, None, False
             leg.budget = Budget.resolve(leg.limits, self.original)
             self.legs[label] = leg
         return self.legs[label]
@@ -242,13 +242,16 @@ class Campaign:
             )
         return self._recovery
 
-    def seeds(self) -> dict[str, Plan]:
-        """The plans that every search starts from, by label."""
-        plans = simple_plans(self.space)
-        if self._milp is None:
-            self._milp = self._first_milp()
-        if self._milp.key != Plan().key:
-            plans[MILP] = self._milp
+    def seeds(self) -> Mapping[str, Plan]:
+        """The plans that every search starts from, by label, as they were before any trial."""
+        if self._seeds is None:
+            self._seeds = self._first_plans()
+        return self._seeds
+
+    def _first_plans(self) -> dict[str, Plan]:
+        plans, milp = simple_plans(self.space), self._first_milp()
+        if milp.key != Plan().key:
+            plans[MILP] = milp
         quantized = next((plan for name, plan in plans.items() if name.startswith(UNIFORM)), Plan())
         milder = fewest_blocks(self.space, self.table.quality, quantized, self.fits)
         return plans | ({FEWEST_BLOCKS: milder} if milder is not None else {})
