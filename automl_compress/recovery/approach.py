@@ -25,10 +25,6 @@ def cubic(way: float) -> float:
     return 1 - (1 - min(max(way, 0.0), 1.0)) ** 3
 
 
-def linear(way: float) -> float:
-    return min(max(way, 0.0), 1.0)
-
-
 def plan_at(plan: Plan, graph: Graph, share: float, order: Mapping[str, list[int]]) -> Plan:
     """The plan when this share of it is in force: nothing at 0, the plan itself at 1.
 

@@ -9,7 +9,7 @@ from typing import Any
 import optuna.trial
 from optuna.trial import TrialState
 
-from automl_compress.core.graph import Graph
+from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.verify import ExecutedLayer
 from automl_compress.search.campaign import Campaign
@@ -28,14 +28,7 @@ def layer_rows(
     frozen = {entry.layer: entry.reason for entry in graph.frozen}
     rows = []
     for layer in graph.layers:
-        row: dict[str, Any] = {
-            "name": layer.name,
-            "kind": layer.kind,
-            "in_channels": layer.in_channels,
-            "out_channels": layer.out_channels,
-            "bits": plan.layer_bits(layer.name),
-            "macs": layer.macs,
-        }
+        row = _identified(layer, plan)
         if layer.name not in widths:
             gone = ", ".join(sorted(plan.drop.intersection(layer.blocks)))
             loss = sum(
@@ -63,15 +56,9 @@ def own_rows(
     runs = {layer.layer: layer for layer in executed}
     rows = []
     for layer in graph.layers:
-        row: dict[str, Any] = {
-            "name": layer.name,
-            "kind": layer.kind,
-            "in_channels": layer.in_channels,
-            "out_channels": layer.out_channels,
+        row = _identified(layer, plan) | {
             "kept_in": layer.in_channels,
             "kept_out": layer.out_channels,
-            "bits": plan.layer_bits(layer.name),
-            "macs": layer.macs,
             "kept_macs": layer.macs,
             "why": f"of student({width:g})",
         }
@@ -79,6 +66,17 @@ def own_rows(
             row |= {"asked": runs[layer.name].asked, "runs": runs[layer.name].operator}
         rows.append(row)
     return tuple(rows)
+
+
+def _identified(layer: Layer, plan: Plan) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "bits": plan.layer_bits(layer.name),
+        "macs": layer.macs,
+    }
 
 
 def _reasons(

@@ -17,11 +17,10 @@ from automl_compress.search.evaluate import Workbench
 from automl_compress.search.identity import digest_of
 from automl_compress.search.ladder import FULL, Candidate, Recovery, plan_file, read_plan
 from automl_compress.search.opening import load, task_name
+from automl_compress.search.settings import DEFAULT_EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.training.log import OnStep, StepReport
 from automl_compress.techniques.training.settings import Training
-
-DEFAULT_EPOCHS = 3.0
 
 
 def recover(
