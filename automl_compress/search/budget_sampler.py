@@ -142,7 +142,7 @@ class BudgetSampler(BaseSampler):
 
     @cached_property
     def _options(self) -> Options:
-        return Options(self._prior, self._columns.decision, self._columns.neutral)
+        return Options(self._prior, self._columns.decision, self._columns.kind, self._columns.neutral)
 
     @cached_property
     def _usual_prices(self) -> list[Floats | None]:

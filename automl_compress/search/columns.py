@@ -16,6 +16,7 @@ class Columns:
     """Column -> option, sorted by decision; masks are left out, because nothing that is decoded depends on them.
 
     decision   number of the decision that each column belongs to, ascending
+    kind       number of the kind of that decision
     neutral    whether the option changes nothing
     """
 
@@ -24,6 +25,7 @@ class Columns:
         decisions = [d for d in space.decisions if d.kind in kinds]
         self.keys: list[QualityKey] = [(d.name, option) for d in decisions for option in d.options]
         self.decision: Floats = np.repeat(np.arange(len(decisions), dtype=float), [len(d.options) for d in decisions])
+        self.kind: Ints = np.array([kinds.index(d.kind) for d in decisions for _ in d.options], dtype=np.int64)
         self.neutral: Bools = np.array([option == d.neutral for d in decisions for option in d.options], dtype=bool)
         index = {key: column for column, key in enumerate(self.keys)}
         self._units = _units(space, [d.name for d in decisions])
