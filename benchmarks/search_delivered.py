@@ -1,9 +1,10 @@
 """Part (c): models delivered at a latency budget by the search and by other routes, after the same recovery.
 
 Every route is a ladder of cuts (`search_peers`), and the largest of them whose 8-bit model was measured within the
-budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search's plans come
-from part (a)'s run of the product's sampler; those that are within the budget when measured are judged by the product's
-own one-shot metric (the product would go on with short distillations of the best). Then all get the same
+budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search goes on from
+part (a)'s run of the product's sampler as the product does: the best plans and the plans that it started from are
+measured, milder variants of the best are evaluated and measured, too, and those that are within the budget are put in
+order by the product's one-shot metric and go up the product's ladder of short distillations. Then all get the same
 distillation, calibration and export: the product's defaults without the last stage, training with rounding. Other
 routes start from the weights that they cut, the search's plan from its repaired ones. The test images are read once a
 model. In the end all models take turns in one run of bursts beside the original.
@@ -17,14 +18,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import onnx
-from search_evaluations import best_plans
+from search_evaluations import best_plans, seeds
 from search_evaluator import Lines
 from search_laboratory import Laboratory
-from search_peers import ROUTES, UNTOUCHED, cuts
+from search_peers import ROUTES, UNTOUCHED, cuts, eight_bits
 from torch import nn
 
 from automl_compress.core.plan import Plan
@@ -33,6 +35,9 @@ from automl_compress.progress import Progress
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
+from automl_compress.search.entrants import in_order, variants
+from automl_compress.search.seeds import FEWEST_BLOCKS
+from automl_compress.search.timing import most_entrants, rungs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
@@ -44,7 +49,8 @@ ALL_ROUTES = (OURS, *ROUTES, UNTOUCHED)
 STEPS = ("cuts", "finalists", "models", "timing")
 _AIM = 0.985  # of the budget: a model's latency is not the same in two runs
 _TURN = 8
-_FINALISTS = 4
+_MEASURED = 8
+_VARIANTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,7 @@ class Deliveries:
         self._one_shot = Lines(cache / "one-shot.jsonl")
         self._found = Lines(cache / "models.jsonl")
         self._timings = Lines(cache / "timings.jsonl")
+        self._rungs = Lines(cache / "rungs.jsonl")
         self._cache = cache
         self._routes = cuts(laboratory, cache, progress)
         # Models that were trained by other defaults aren't compared with these.
@@ -80,8 +87,9 @@ class Deliveries:
         self._measure({name: plan for ladder in self._routes.values() for name, plan in ladder.items()})
 
     def measure_finalists(self, shares: Sequence[float]) -> None:
-        """Measure the search's best plans."""
+        """Measure the search's best plans, and then milder variants of the best of these."""
         self._measure({f"{OURS}-{plan.key}": plan for share in shares for plan in self._finalists(share)})
+        self._measure({f"{OURS}-{plan.key}": plan for share in shares for plan in self._variants(share)})
 
     def _measure(self, plans: Mapping[str, Plan]) -> None:
         missing = [name for name in plans if name not in self._ratios.known]
@@ -100,7 +108,7 @@ class Deliveries:
                 for share in shares:
                     if route != OURS:
                         yield self._cut(route, share, length)
-                    elif plan := self._searched(share):
+                    elif plan := self._searched(share, length):
                         yield Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}")
                     else:
                         self.progress.note(f"no plan of a search at {share:.0%} is within the budget: run part a first")
@@ -171,19 +179,70 @@ class Deliveries:
         return Item(route=route, share=share, epochs=epochs, plan=ladder[best], name=best)
 
     def _finalists(self, share: float) -> list[Plan]:
-        return best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[: 3 * _FINALISTS]
+        """The best plans of part (a), and those that it started from, if they are predicted to be within the budget."""
+        budget, found = self.laboratory.budget(share), list[Plan]()
+        best = best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[:_MEASURED]
+        for plan in (*best, *seeds(self.laboratory, share).values()):
+            if budget.met(self.laboratory.predict(plan)) and plan.key not in {other.key for other in found}:
+                found.append(plan)
+        return found
 
-    def _searched(self, share: float) -> Plan | None:
-        """The search's choice: of its best plans that were measured within the budget, by the product's one-shot
-        metric."""
-        measured = [(p, self._ratios.known.get(f"{OURS}-{p.key}")) for p in self._finalists(share)]
-        pool = [plan for plan, latency in measured if latency is not None and latency <= _AIM * share][:_FINALISTS]
+    def _variants(self, share: float) -> list[Plan]:
+        """Milder ones of the best that are within the budget, by predictions that were corrected by measurements."""
+        laboratory, finalists = self.laboratory, self._finalists(share)
+        original = laboratory.forecast.predict(Plan()).latency_us
+
+        def predicted(plan: Plan) -> float:
+            return laboratory.forecast.predict(plan).latency_us / original
+
+        dearest = max(self._ratio(plan) / predicted(plan) for plan in finalists)
+        bits = eight_bits(laboratory)
+        good = sorted(self._within(finalists, share), key=lambda plan: -laboratory.evaluate(plan))
+        return variants(
+            laboratory.space,
+            good[: _VARIANTS // 2],
+            laboratory.table.quality,
+            bits,
+            lambda plan: min(dearest, 1.0) * predicted(plan) <= _AIM * share,
+        )[:_VARIANTS]
+
+    def _ratio(self, plan: Plan) -> float:
+        return float(self._ratios.known[f"{OURS}-{plan.key}"])
+
+    def _within(self, plans: Sequence[Plan], share: float) -> list[Plan]:
+        return [plan for plan in plans if self._ratio(plan) <= _AIM * share]
+
+    def _searched(self, share: float, epochs: float) -> Plan | None:
+        """The search's choice: the best of those that it measured within the budget, by the product's ladder."""
+        bench, steps = self.laboratory.bench, rungs(epochs, most_entrants(epochs))
+        pool = self._within([*self._variants(share), *self._finalists(share)], share)
         self.progress.stage(f"judging the search's finalists at {share:.0%}", len(pool))
         for plan in pool:
             if plan.key not in self._one_shot.known:
-                self._one_shot.add(plan.key, self.laboratory.bench.one_shot(plan))
+                self._one_shot.add(plan.key, bench.one_shot(plan))
             self.progress.advance()
-        return max(pool, key=lambda plan: float(self._one_shot.known[plan.key]), default=None)
+        plans = in_order(
+            self.laboratory.space,
+            [(plan, float(self._one_shot.known[plan.key])) for plan in pool],
+            self.laboratory.table.quality,
+            error=bench.standard_error,
+            always=[plan for name, plan in seeds(self.laboratory, share).items() if name == FEWEST_BLOCKS],
+            places=steps[0].models,
+        )
+        for rung, after in pairwise(steps):
+            reached = {plan.key: self._rung(plan, rung.epochs) for plan in plans[: rung.models]}
+            plans = sorted(plans[: rung.models], key=lambda plan: -reached[plan.key])[: after.models]
+        return plans[0] if plans else None
+
+    def _rung(self, plan: Plan, epochs: float) -> float:
+        """The validation metric after a short distillation."""
+        key = f"{plan.key} {epochs:g} {self._recipe}"
+        if key not in self._rungs.known:
+            self.progress.stage(f"{plan.key}: {epochs:.2g} epochs", None)
+            bench = self.laboratory.bench
+            model, full = self._recovered(OURS, plan, epochs)
+            self._rungs.add(key, bench.metric(bench.export(model, full), "validation"))
+        return float(self._rungs.known[key])
 
     def _recovered(self, route: str, plan: Plan, epochs: float) -> tuple[nn.Module, Plan]:
         """Trained as the product does by default, from the repaired model for the search alone."""

@@ -27,14 +27,15 @@ from search_laboratory import Laboratory
 from automl_compress.core.plan import Plan
 from automl_compress.progress import Progress
 from automl_compress.search import arrays, budget_sampler, lagrange, moves, proposals, quick, surrogate, trials
+from automl_compress.search import seeds as first
 from automl_compress.search.decode import Decoder, solve
 from automl_compress.search.pricing import random_plan
 from automl_compress.search.sampler import make_sampler
-from automl_compress.search.seeds import MILP, loosest_optimum, simple_plans
+from automl_compress.search.seeds import MILP, first_plans, loosest_optimum
 from automl_compress.search.study import Objective, ranked, run_trials, seed_plans
 
 OURS = "budget"
-OUR_CODE = (arrays, budget_sampler, lagrange, moves, proposals, quick, surrogate, trials)
+OUR_CODE = (arrays, budget_sampler, first, lagrange, moves, proposals, quick, surrogate, trials)
 METHODS = (OURS, MILP, "random", "nsga2", "tpe", "nsga2:project", "tpe:project", "gp")
 SHARES = (0.40, 0.35, 0.30, 0.25)
 COUNTS = (25, 50, 100, 200)
@@ -165,6 +166,7 @@ def search(laboratory: Laboratory, method: str, share: float, seed: int, count: 
             decoder=Decoder(laboratory.space, laboratory.bench.graph, laboratory.table),
             limits=budget,
             predict=laboratory.predict,
+            original=laboratory.evaluate(Plan()),
             seed=seed,
         ),
     )
@@ -175,10 +177,23 @@ def search(laboratory: Laboratory, method: str, share: float, seed: int, count: 
         evaluate=laboratory.evaluate,
     )
     if method == OURS:
-        seed_plans(study, laboratory.space, simple_plans(laboratory.space) | {MILP: milp(laboratory, share)})
+        seed_plans(study, laboratory.space, seeds(laboratory, share))
     run_trials(study, objective, count, repeats=count)
     best = [laboratory.space.plan(trial.params) for trial in ranked(study, KEPT)]
     return [trial.value for trial in study.trials[:count]], best
+
+
+def seeds(laboratory: Laboratory, share: float) -> dict[str, Plan]:
+    """The plans that the product starts from, by label."""
+    budget = laboratory.budget(share)
+    return first_plans(
+        laboratory.space,
+        laboratory.bench.graph,
+        laboratory.table,
+        budget.limits,
+        lambda plan: budget.met(laboratory.predict(plan)),
+        milp(laboratory, share),
+    )
 
 
 def milp(laboratory: Laboratory, share: float) -> Plan:

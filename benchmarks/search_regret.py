@@ -98,6 +98,7 @@ def regret(size: int, shares: Mapping[str, float], noise: float, method: str, se
         decoder=Decoder(space, graph, believed),
         limits=Budget(limits=limits),
         predict=predict,
+        original=0.0,
         seed=seed,
     )
     study = optuna.create_study(direction="minimize", sampler=sampler)

@@ -197,6 +197,15 @@ class CostModel:
             if measured.of(metric) > predicted.of(metric) > 0:
                 self.margins[metric] *= measured.of(metric) / predicted.of(metric)
 
+    def loosen(self, pairs: Sequence[tuple[Cost, Cost]]) -> bool:
+        """Lower later predictions of latency by the factor that all of some (predicted, measured) models came out
+        cheaper by at least; whether there is one."""
+        dearest = max(measured.latency_us / predicted.latency_us for predicted, measured in pairs)
+        if dearest >= 1.0:
+            return False
+        self.margins["latency"] *= dearest
+        return True
+
     def notes(self, model: onnx.ModelProto) -> list[str]:
         """What to know about a model's prediction: how many measurements it rests on, its error on unseen models."""
         notes = [*self.profile.warnings, *self.profile.notes]

@@ -73,6 +73,8 @@ class BudgetSampler(BaseSampler):
     decoder  of the same space; its table's `quality` is what the search starts from
     limits   a budget, or metric -> microseconds or bytes
     predict  the cost model; called a few times for each proposal
+    original the value that the untouched plan would have, where it is known: losses of options then add up to losses
+             of plans, and not only to differences
     seed     with the trial's number it decides all randomness
 
     Where no plan that meets the budget is found, the one that comes nearest is proposed.
@@ -85,11 +87,12 @@ class BudgetSampler(BaseSampler):
         decoder: Decoder,
         limits: Budget | Mapping[str, float],
         predict: Predict,
+        original: float | None = None,
         seed: int = 0,
     ) -> None:
         self._space, self._graph, self._table = space, decoder.graph, decoder.table
         self._budget = limits if isinstance(limits, Budget) else Budget(limits=dict(limits))
-        self._predict, self._seed = predict, seed
+        self._predict, self._original, self._seed = predict, original, seed
         self._fitting = Fitting(space, decoder, self._budget, predict)
         self._plans: dict[int, tuple[Plan, str]] = {}
         self._rows: dict[tuple[int, int], tuple[Floats, dict[str, float], bytes | None]] = {}
@@ -111,7 +114,7 @@ class BudgetSampler(BaseSampler):
         if not search_space or len(others) == len(search_space):
             return others
         rng = np.random.default_rng([self._seed, trial.number])
-        known = known_trials(study, self._space, self._plans, trial.number)
+        known = known_trials(study, self._space, self._plans, trial.number, self._original)
         tried = {k.key for k in known}
         plan = self._fitting.table_optimum() if not known else self._promising(known, tried, rng)
         if plan is None or self._space.plan_key(plan) in tried:
@@ -217,7 +220,8 @@ class BudgetSampler(BaseSampler):
             for k, f in zip(known, features, strict=True)
             if k.number in losses or k.failed
         ]
-        return Surrogate(self._options, np.array([f for f, _ in kept]), np.array([loss for _, loss in kept]))
+        rows, found = np.array([f for f, _ in kept]), np.array([loss for _, loss in kept])
+        return Surrogate(self._options, rows, found, from_original=self._original is not None)
 
     def _pricing(
         self, features: Sequence[Floats], excess: Sequence[Mapping[str, float]], costs: Sequence[Mapping[str, float]]

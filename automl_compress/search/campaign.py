@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +27,7 @@ from automl_compress.hardware.trust import advice
 from automl_compress.progress import Progress
 from automl_compress.search.decode import Decoder
 from automl_compress.search.dominated import drop_dominated
+from automl_compress.search.entrants import variants
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.feasibility import Reach, additive_limits, require_feasible
 from automl_compress.search.forecast import SEARCH, Forecast
@@ -34,7 +35,7 @@ from automl_compress.search.measured import MeasuredCosts
 from automl_compress.search.pricing import additive_table
 from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sampler import make_sampler
-from automl_compress.search.seeds import FEWEST_BLOCKS, MILP, UNIFORM, fewest_blocks, loosest_optimum, simple_plans
+from automl_compress.search.seeds import UNIFORM, first_plans, loosest_optimum
 from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
@@ -57,6 +58,7 @@ AIM = {"latency": 0.985, "memory": 0.97}
 _LEAST_MEASURED = 3  # models at the end: the original, what is delivered, a plan before it
 _PACED = 8  # sensitivities after which the time that the others take is foreseen
 STUDY = "one-shot"
+RELAXED = "relaxed"
 SENSITIVITY, SPACE, MEASURED = "sensitivity.jsonl", "space.json", "measured.jsonl"
 
 
@@ -207,6 +209,7 @@ class Campaign:
                 decoder=Decoder(self.space, self.bench.graph, self.table),
                 limits=self.aim,
                 predict=self.predict,
+                original=self.original_sampled_metric(),
                 seed=self.seed,
             )
             self._study = open_study(
@@ -249,12 +252,10 @@ class Campaign:
         return self._seeds
 
     def _first_plans(self) -> dict[str, Plan]:
-        plans, milp = simple_plans(self.space), self._first_milp()
-        if milp.key != Plan().key:
-            plans[MILP] = milp
-        quantized = next((plan for name, plan in plans.items() if name.startswith(UNIFORM)), Plan())
-        milder = fewest_blocks(self.space, self.table.quality, quantized, self.fits)
-        return plans | ({FEWEST_BLOCKS: milder} if milder is not None else {})
+        milp = self._first_milp()
+        limits = additive_limits(self.aim, self.original)
+        optimum = milp if milp.key != Plan().key else None
+        return first_plans(self.space, self.bench.graph, self.table, limits, self.fits, optimum)
 
     def _first_milp(self) -> Plan:
         """The table's optimum as it was before any trial; the original where there is none within the budget."""
@@ -275,6 +276,26 @@ class Campaign:
         self.costs.tighten(predicted, measured)
         self.forecast.forget()
         self._study = None  # its sampler proposed by the old predictions
+
+    def loosen(self, pairs: Sequence[tuple[Cost, Cost]]) -> None:
+        """Models of (predicted, measured) cost came out cheaper than predicted, all of them: there is room for more."""
+        if self.costs.loosen(pairs):
+            self.forecast.forget()
+            self._study = None
+
+    def relax(self, plans: Sequence[Plan], count: int) -> None:
+        """Queue up to so many milder variants of plans as trials, once for each budget."""
+        known = {trial.user_attrs.get("label", "") for trial in self.study().get_trials(deepcopy=False)}
+        if any(label.startswith(RELAXED) for label in known):
+            return
+        low = next((plan.bits for name, plan in self.seeds().items() if name.startswith(UNIFORM)), {})
+        found = variants(self.space, plans, self.table.quality, low, self.fits)[:count]
+        seed_plans(self.study(), self.space, {f"{RELAXED}-{i}": plan for i, plan in enumerate(found, 1)})
+
+    def evaluated(self) -> list[tuple[Plan, float]]:
+        """The plans of finished trials with their one-shot metrics, those of other budgets included."""
+        done = evaluated_plans(self.study(), self.space)
+        return [*self._evaluated_elsewhere(), *done]
 
     @property
     def costs(self) -> CostModel:
@@ -367,7 +388,7 @@ class Campaign:
 
     def original_sampled_metric(self) -> float:
         """The original's metric on the validation samples of one-shot trials."""
-        return self.bench.metric(self.bench.original, self.bench.validation)
+        return self.bench.original_one_shot
 
     def ranked(self, count: int) -> list[Plan]:
         """Plans of finished trials, best first, that today's cost model still finds within the budget."""

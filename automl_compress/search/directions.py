@@ -27,7 +27,8 @@ def best_model(campaign: Campaign, settings: Settings) -> Found:
     contenders = Contenders(campaign, settings)
     for attempt in range(DELIVERIES):
         beside = climber.beside(campaign)
-        plans = finalists(campaign, trials + attempt, climber.allot(trials, baselines=beside).exploring)
+        allotment = climber.allot(trials, baselines=beside)
+        plans = finalists(campaign, trials + attempt, allotment.exploring, places=allotment.rungs[0].models)
         allotment = climber.allot(0, baselines=beside)
         finished = climber.climb(campaign, plans, allotment)
         beaten = climber.compare(campaign, allotment)

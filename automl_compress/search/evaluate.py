@@ -7,6 +7,7 @@ the runtime, quantized layers included: what is compared in the search is what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -159,6 +160,17 @@ class Workbench:
         """The metric on validation samples after pruning, repair and quantization, without training."""
         model, plan = self.student(plan)
         return self.metric(self.export(model, plan), self.validation)
+
+    @cached_property
+    def original_one_shot(self) -> float:
+        """The original's metric on the samples of one-shot trials."""
+        return self.metric(self.original, self.validation)
+
+    def standard_error(self, value: float) -> float:
+        """By how much a one-shot metric errs for want of samples: that of a share of samples for classification, else
+        unknown, and 0."""
+        samples = sum(len(targets) for _, targets in self.validation)
+        return math.sqrt(value * (1.0 - value) / samples) if self.task.classifies and 0 < value < 1 else 0.0
 
     def metric(self, model: onnx.ModelProto, data: Sequence[tuple[Inputs, Tensor]] | str) -> float:
         """The task's metric of an ONNX model on samples, or on a whole split by name."""

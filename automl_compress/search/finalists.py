@@ -9,33 +9,65 @@ from automl_compress.core.budget import Cost
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.entrants import in_order
+from automl_compress.search.seeds import FEWEST_BLOCKS
 
 _CONFIRM = 8
 _ROUNDS = 4
+_TRIALS_PER_VARIANT = 8
+_RELAXED = 4
+_TELLING = 4  # measured plans that say something about predictions
 
 
-def finalists(campaign: Campaign, trials: int, exploring: float | None = None) -> list[Plan]:
-    """The best one-shot plans that were measured on the device and are within the budget, best first.
+def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *, places: int = 1) -> list[Plan]:
+    """The best one-shot plans that were measured on the device and are within the budget, in the order in which they
+    are to be trained: so many as there are `places`, and the others.
 
     exploring  seconds for trials in all, None without a limit
 
-    Where none of the best is within the budget, the cost model is corrected and the search goes on. Raises
-    InfeasibleError after some rounds of that.
+    The last trials are milder variants of the best plans, by what the device's measurements say of predictions. Where
+    none of the best is within the budget, the cost model is corrected and the search goes on. Raises InfeasibleError
+    after some rounds of that.
     """
     clock = campaign.clock
     until = None if exploring is None else clock.now() + exploring
     for number in range(_ROUNDS):
-        left = None if until is None else max(0.0, until - clock.now())
-        campaign.explore(trials + number * max(8, trials // 4), left)
+        wanted = trials + number * max(8, trials // 4)
+        kept = min(2 * _RELAXED, trials // _TRIALS_PER_VARIANT)
+        _explore(campaign, wanted - kept, until)
         if not sum(campaign.trial_counts().values()):
             clock.refuse("it was over before the first trial", clock.typical("trial") or 1.0)
-        pool = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key not in campaign.measured][:_CONFIRM]
-        confirm(campaign, pool)
-        passed = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key in campaign.measured]
+        confirm(campaign, _unmeasured(campaign))
+        campaign.relax(_ordered(campaign, places)[:_RELAXED], kept)
+        _explore(campaign, wanted, until)
+        confirm(campaign, _unmeasured(campaign))
+        passed = _ordered(campaign, places)
         if passed:
             return passed
     raise campaign.infeasible(
         f"none of {len(campaign.measured)} plans that were predicted to meet the budget met it when measured"
+    )
+
+
+def _explore(campaign: Campaign, trials: int, until: float | None) -> None:
+    campaign.explore(trials, None if until is None else max(0.0, until - campaign.clock.now()))
+
+
+def _unmeasured(campaign: Campaign) -> list[Plan]:
+    return [plan for plan in campaign.ranked(10 * _CONFIRM)[:_CONFIRM] if plan.key not in campaign.measured]
+
+
+def _ordered(campaign: Campaign, places: int) -> list[Plan]:
+    """The measured plans that are within the budget, in the order in which they are to be trained."""
+    passed = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key in campaign.measured]
+    values = {plan.key: value for plan, value in campaign.evaluated()}
+    return in_order(
+        campaign.space,
+        [(plan, values[plan.key]) for plan in passed],
+        campaign.table.quality,
+        error=campaign.bench.standard_error,
+        always=[plan for name, plan in campaign.seeds().items() if name == FEWEST_BLOCKS],
+        places=places,
     )
 
 
@@ -54,7 +86,7 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
         with campaign.clock.timing("measuring", units=1 + len(paths)):
             timings = device.compare({"original": campaign.folder.path / "original.onnx", **paths})
         memory = {key: device.memory_bytes(path) for key, path in paths.items()} if "memory" in budget.limits else {}
-    misses = []
+    pairs = []
     for plan in plans:
         predicted = campaign.predict(plan)
         measured = Cost(
@@ -65,8 +97,9 @@ def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
         )
         campaign.measured.remember(plan, measured)
         campaign.progress.advance()
-        if not budget.met(measured):
-            misses.append((measured.latency_us / predicted.latency_us, predicted, measured))
+        pairs.append((predicted, measured))
+    misses = [pair for pair in pairs if not budget.met(pair[1])]
     if len(misses) == len(plans):
-        _, predicted, measured = min(misses, key=lambda miss: miss[0])
-        campaign.tighten(predicted, measured)
+        campaign.tighten(*min(misses, key=lambda pair: pair[1].latency_us / pair[0].latency_us))
+    elif len(pairs) >= _TELLING:
+        campaign.loosen(pairs)

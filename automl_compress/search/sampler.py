@@ -46,6 +46,7 @@ def make_sampler(
     decoder: Decoder,
     limits: Budget | Mapping[str, float],
     predict: Predict,
+    original: float | None = None,
     seed: int,
 ) -> BaseSampler:
     """A sampler by its name: 'budget' (ours), 'tpe', 'gp', 'nsga2', 'cmaes' or 'random' (Optuna's, penalised), or one
@@ -53,7 +54,7 @@ def make_sampler(
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
     if name == "budget":
-        return BudgetSampler(space=space, decoder=decoder, limits=limits, predict=predict, seed=seed)
+        return BudgetSampler(space=space, decoder=decoder, limits=limits, predict=predict, original=original, seed=seed)
     plain = name.removesuffix(_PROJECTED)
     if plain == "cmaes" and find_spec("cmaes") is None:
         raise InputError("sampler 'cmaes' needs a package that isn't installed: pip install cmaes")

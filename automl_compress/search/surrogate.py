@@ -29,7 +29,8 @@ _GRID: dict[str, tuple[float, ...]] = {
     "reach": (0.5, 2.0),
 }
 """What is chosen from: the relative deviation of single losses from the table; variances of noise and of what options
-do together, in units of that of the losses; how far plans are near, in units of the median squared distance."""
+do together, in units of that of the losses; how far plans are near, in units of the median squared distance. Besides,
+whether losses add up as logarithms, and whether all plans have a level in common that isn't known."""
 _STARTS = ((0.5, 1e-5, 1e-4, 2.0), (0.5, 0.02, 0.1, 2.0))
 _PASSES = 2
 _FACTOR = 1.0  # the relative deviation of the factor of a kind of options
@@ -56,10 +57,13 @@ class Options:
 class Surrogate:
     """Fitted to plans, as rows of options in force (0 or 1), and what they lost.
 
+    from_original  whether losses are beside the original's, so that a plan in which nothing is in force loses nothing
+
     Predictions are in the units of `transform`, lower is better. Needs two plans whose losses differ.
     """
 
-    def __init__(self, options: Options, features: Floats, losses: Floats) -> None:
+    def __init__(self, options: Options, features: Floats, losses: Floats, *, from_original: bool = False) -> None:
+        self._from_original = from_original
         order = np.argsort(losses, kind="stable")[:_MOST]
         self._options, self._rows, self._losses = options, features[order], losses[order]
         self._least, self._unit = float(losses.min()), _unit(losses)
@@ -109,7 +113,7 @@ class Surrogate:
         root = np.linalg.cholesky(self._near + 1e-6 * np.eye(len(self._rows)))
         other = rng.normal(size=(count, len(self._rows))) @ root.T * np.sqrt(self._joint)
         other += rng.normal(size=other.shape) * np.sqrt(self._noise)
-        other += rng.normal(size=(count, 1)) * np.sqrt(self._variance)
+        other += rng.normal(size=(count, 1)) * np.sqrt(self._variance * self._choice["level"])
         missing = self._residual - (weights * self._spread) @ self._rows.T - factors @ self._known.T - other
         missing = cho_solve(self._factor, missing.T, check_finite=False).T
         return self._corrected(weights, factors, missing)
@@ -131,9 +135,9 @@ class Surrogate:
     def _choose(self) -> None:
         """Settle the scale of losses and the shares by marginal likelihood, one choice after another."""
         found = [
-            self._climbed({**dict(zip(_GRID, start, strict=True)), "logarithmic": logarithmic})
+            self._climbed({**dict(zip(_GRID, start, strict=True)), "logarithmic": logarithmic, "level": level})
             for start in _STARTS
-            for logarithmic in (0.0, 1.0)
+            for logarithmic, level in ((0.0, float(not self._from_original)), (1.0, 1.0))
         ]
         _, choice = max(found, key=lambda end: end[0])
         self._prepare(choice, np.arange(len(self._losses)))
@@ -174,7 +178,7 @@ class Surrogate:
         self._joint, self._noise = self._variance * choice["joint"], self._variance * choice["noise"]
         self._known, self._points = self._sums(rows), self._embed(rows)
         known = self._known.sum(axis=1)
-        self._centre = float((self._wanted - known).mean())
+        self._centre = float((self._wanted - known).mean()) if choice["level"] else -self._least / self._unit
         self._residual = self._wanted - known - self._centre
         far = _squared_distances(self._points, self._points)
         median = max(float(np.median(far[np.triu_indices(len(far), 1)])), 1e-9) if len(far) > 1 else 1.0
@@ -185,7 +189,7 @@ class Surrogate:
 
     def _scale(self, logarithmic: float) -> None:
         """The table's losses in the units of predictions, by least squares."""
-        wanted = self.transform(self._losses)
+        wanted = self.transform(self._losses) if logarithmic else self._losses / self._unit
         known = self._rows @ self._options.losses
         multiple = max(float(known @ wanted) / max(float(known @ known), 1e-12), 1e-12)
         self._prior = multiple * self._options.losses
@@ -195,9 +199,8 @@ class Surrogate:
         self._place = np.sqrt(np.maximum(self._prior, 0.0))
 
     def _kernel(self, linear: Floats, near: Floats, factors: Floats) -> Floats:
-        return np.asarray(
-            self._choice["single"] ** 2 * linear + self._joint * near + _FACTOR**2 * factors + self._variance
-        )
+        level = self._choice["level"] * self._variance
+        return np.asarray(self._choice["single"] ** 2 * linear + self._joint * near + _FACTOR**2 * factors + level)
 
     def _linear(self, one: Floats, other: Floats) -> Floats:
         return np.asarray((one * self._spread**2) @ other.T)

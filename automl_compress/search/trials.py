@@ -43,9 +43,14 @@ class Known:
         return bool(self.excess) and all(value <= 0 for value in self.excess.values())
 
 
-def known_trials(study: Study, space: SearchSpace, plans: dict[int, tuple[Plan, str]], before: int) -> list[Known]:
-    """The trials of a study other than number `before`, without interrupted ones, which are run again. `plans`
-    remembers what finished trials stand for."""
+def known_trials(
+    study: Study, space: SearchSpace, plans: dict[int, tuple[Plan, str]], before: int, original: float | None = None
+) -> list[Known]:
+    """The trials of a study other than number `before`, without interrupted ones, which are run again.
+
+    plans     remembers what finished trials stand for
+    original  the value of the untouched plan, from which losses are; without it, from that trial's, or from the best
+    """
     trials = [t for t in study.get_trials(deepcopy=False) if t.number != before]
     cut_short = interrupted(trials)
     sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
@@ -68,7 +73,7 @@ def known_trials(study: Study, space: SearchSpace, plans: dict[int, tuple[Plan, 
         given_up = trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and allowed)
         value = -sign * float(trial.values[0]) if done else None
         found.append(Known(trial.number, *entry, value, given_up, constraints))
-    return _beside_the_original(found, space)
+    return _beside_the_original(found, space, None if original is None else -sign * original)
 
 
 def trial_plan(space: SearchSpace, trial: FrozenTrial) -> Plan | None:
@@ -82,12 +87,12 @@ def trial_plan(space: SearchSpace, trial: FrozenTrial) -> Plan | None:
         return None
 
 
-def _beside_the_original(known: Sequence[Known], space: SearchSpace) -> list[Known]:
-    """Losses from the original's figure; where that wasn't evaluated, from the best."""
+def _beside_the_original(known: Sequence[Known], space: SearchSpace, value: float | None) -> list[Known]:
+    """Losses from the original's figure; where that isn't known, from the best."""
     untouched = space.plan_key(space.plan({}))
     values = {k.number: k.loss for k in known if k.loss is not None}
     original = [values[k.number] for k in known if k.key == untouched and k.number in values]
-    top = min(original or values.values(), default=0.0)
+    top = min(original or values.values(), default=0.0) if value is None else value
     return [Known(k.number, k.plan, k.key, None if k.loss is None else k.loss - top, k.failed, k.excess) for k in known]
 
 
