@@ -80,7 +80,13 @@ def _timed(size: int, shares: dict[str, float], trials: int) -> list[float]:
     budget = Budget(limits={metric: part * whole.of(metric) for metric, part in shares.items()})
     believed = replace(truth, quality=mistaken(truth.quality, 0.5, 0))
     sampler = make_sampler(
-        "budget", space=space, decoder=Decoder(space, graph, believed), limits=budget, predict=predict, seed=0
+        "budget",
+        space=space,
+        decoder=Decoder(space, graph, believed),
+        limits=budget,
+        predict=predict,
+        original=0.0,
+        seed=0,
     )
     taken: list[float] = []
     propose = sampler.sample_relative

@@ -4,7 +4,7 @@ The loss of a plan is modelled as the table's sum for it, each kind of option (w
 factor that is learned, plus corrections of single options (a linear kernel; an option may be the more wrong, the more
 it is said to lose), plus what options do together (a squared exponential kernel over what each decision is said to
 lose, so that plans are near each other when they lose alike in the same places). How much of each there is, how far
-plans are near each other, and how much is noise, is chosen by marginal likelihood, one after the other.
+plans are near each other, and how much is noise, is chosen by marginal likelihood, one after another.
 
 So is the scale on which losses add up: their own, or that of their logarithms beyond a usual loss. Broken models differ
 in how they are broken, and none of that matters; but where losses do add up, a hundred sums of exact losses say far
@@ -13,7 +13,7 @@ more about single options than a hundred sums of logarithms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -29,9 +29,7 @@ _GRID: dict[str, tuple[float, ...]] = {
     "reach": (0.5, 2.0),
 }
 """What is chosen from: the relative deviation of single losses from the table; variances of noise and of what options
-do together, in units of that of the losses; how far plans are near, in units of the median squared distance. Besides,
-whether losses add up as logarithms, and whether all plans have a level in common that isn't known."""
-_STARTS = ((0.5, 1e-5, 1e-4, 2.0), (0.5, 0.02, 0.1, 2.0))
+do together, in units of that of the losses; how far plans are near, in units of the median squared distance."""
 _PASSES = 2
 _FACTOR = 1.0  # the relative deviation of the factor of a kind of options
 _BOLDNESS = (
@@ -54,6 +52,118 @@ class Options:
     neutral: Bools
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How much of each part a model has: see `_GRID`. `level`: 1 where plans have an unknown level in common, else 0."""
+
+    single: float
+    noise: float
+    joint: float
+    reach: float
+    level: float
+
+
+_STARTS = (
+    Shares(single=0.5, noise=1e-5, joint=1e-4, reach=2.0, level=1.0),
+    Shares(single=0.5, noise=0.02, joint=0.1, reach=2.0, level=1.0),
+)
+
+
+class Scale:
+    """Options and plans on one scale of losses, their own or their logarithms'.
+
+    `prior` is what the table says of options, in units of the scale, and `spread` what they may be off by relative to
+    that; `wanted` are the plans' losses.
+    """
+
+    def __init__(
+        self, options: Options, rows: Floats, losses: Floats, *, unit: float, least: float, logarithmic: bool
+    ) -> None:
+        self.rows, self.logarithmic, self._unit, self.least = rows, logarithmic, unit, least
+        self.wanted = self.transform(losses)
+        self.variance = max(float(np.var(self.wanted)), 1e-9)
+        known = rows @ options.losses
+        aim = self.wanted if logarithmic else losses / unit
+        self.prior = max(float(known @ aim) / max(float(known @ known), 1e-12), 1e-12) * options.losses
+        own = self.prior[options.losses > 0]
+        floor = _FLOOR * (float(own.mean()) if len(own) else 1.0)
+        self.spread = np.where(options.neutral, 0.0, self.prior + floor)
+        self.kinds = np.eye(int(options.kind.max(initial=0)) + 1)[options.kind]
+        self._place = np.sqrt(np.maximum(self.prior, 0.0))
+        self._starts = np.flatnonzero(np.diff(options.decision, prepend=-1.0))
+        self.known, self._points = self.sums(rows), self._embed(rows)
+        self.linear = self.linear_with(rows)
+        self.factors = self.known @ self.known.T
+        self.far = _squared_distances(self._points, self._points)
+        several = len(rows) > 1
+        self._median = max(float(np.median(self.far[np.triu_indices(len(rows), 1)])), 1e-9) if several else 1.0
+        self.far /= self._median
+
+    def transform(self, losses: Floats) -> Floats:
+        """Losses on this scale: 0 for the best trial."""
+        above = (losses - self.least) / self._unit
+        return np.asarray(np.log1p(np.maximum(above, -0.5)) if self.logarithmic else above)
+
+    def sums(self, features: Floats) -> Floats:
+        """(row, kind): what the table says that the options of each kind lose together."""
+        return np.asarray((features * self.prior) @ self.kinds)
+
+    def linear_with(self, features: Floats) -> Floats:
+        """The kernel of single corrections between these and the plans."""
+        return np.asarray((features * self.spread**2) @ self.rows.T)
+
+    def far_from(self, features: Floats) -> Floats:
+        """Squared distances from the plans, in units of the median one."""
+        return _squared_distances(self._embed(features), self._points) / self._median
+
+    def kernel(self, shares: Shares, linear: Floats, near: Floats, factors: Floats) -> Floats:
+        """Covariances of losses, without noise."""
+        joint, level = self.variance * shares.joint, self.variance * shares.level
+        return np.asarray(shares.single**2 * linear + joint * near + _FACTOR**2 * factors + level)
+
+    def residual(self, shares: Shares) -> tuple[Floats, float]:
+        """What the table leaves unexplained, and the level that was taken off."""
+        beyond = self.wanted - self.known.sum(axis=1)
+        level = float(beyond.mean()) if shares.level else -self.least / self._unit
+        return beyond - level, level
+
+    def factored(self, shares: Shares) -> Floats:
+        """The lower root of the plans' covariances, noise included."""
+        kernel = self.kernel(shares, self.linear, np.exp(-0.5 * self.far / shares.reach), self.factors)
+        return np.asarray(np.linalg.cholesky(kernel + shares.noise * self.variance * np.eye(len(self.rows))))
+
+    def evidence(self, shares: Shares) -> float:
+        """The logarithm of the likelihood of the losses themselves, whatever the scale on which they are modelled."""
+        try:
+            root = self.factored(shares)
+        except np.linalg.LinAlgError:
+            return -np.inf
+        half = solve_triangular(root, self.residual(shares)[0], lower=True, check_finite=False)
+        stretched = float(self.wanted.sum()) if self.logarithmic else 0.0
+        return float(-0.5 * half @ half - np.log(np.diag(root)).sum()) - stretched
+
+    def best(self, *, level: float) -> tuple[float, Shares]:
+        """The shares with the most evidence that are reached by changing one after another, and how much it is."""
+        found = []
+        for start in _STARTS:
+            shares = replace(start, level=level)
+            most = self.evidence(shares)
+            for _ in range(_PASSES):
+                before = shares
+                for name, values in _GRID.items():
+                    for value in values:
+                        other = replace(shares, **{name: value})
+                        if other != shares and (evidence := self.evidence(other)) > most:
+                            most, shares = evidence, other
+                if shares == before:
+                    break
+            found.append((most, shares))
+        return max(found, key=lambda end: end[0])
+
+    def _embed(self, features: Floats) -> Floats:
+        return np.asarray(np.add.reduceat(features * self._place, self._starts, axis=1))
+
+
 class Surrogate:
     """Fitted to plans, as rows of options in force (0 or 1), and what they lost.
 
@@ -63,32 +173,36 @@ class Surrogate:
     """
 
     def __init__(self, options: Options, features: Floats, losses: Floats, *, from_original: bool = False) -> None:
-        self._from_original = from_original
         order = np.argsort(losses, kind="stable")[:_MOST]
-        self._options, self._rows, self._losses = options, features[order], losses[order]
-        self._least, self._unit = float(losses.min()), _unit(losses)
-        self._starts = np.flatnonzero(np.diff(options.decision, prepend=-1.0))
-        self._kinds = np.eye(int(options.kind.max(initial=0)) + 1)[options.kind]
+        rows, known = features[order], losses[order]
         # The best trials, and the others as far as they go: both ends of what is to be told apart.
-        count = len(self._losses)
-        self._judging = np.unique(np.linspace(0, count - 1, min(_JUDGING, count)).round().astype(int))
-        self._choose()
+        some = np.unique(np.linspace(0, len(known) - 1, min(_JUDGING, len(known))).round().astype(int))
+        unit, least = _unit(losses), float(losses.min())
+        ends = []
+        for logarithmic in (False, True):
+            judged = Scale(options, rows[some], known[some], unit=unit, least=least, logarithmic=logarithmic)
+            ends.append((*judged.best(level=float(logarithmic or not from_original)), logarithmic))
+        _, self._shares, logarithmic = max(ends, key=lambda end: end[0])
+        self._scale = Scale(options, rows, known, unit=unit, least=least, logarithmic=logarithmic)
+        self._root = (self._scale.factored(self._shares), True)
+        self._residual, self._level = self._scale.residual(self._shares)
+        self._weights = cho_solve(self._root, self._residual, check_finite=False)
+        self.best = float(self._scale.wanted[0])
 
     def transform(self, losses: Floats) -> Floats:
         """Losses in the units of predictions: 0 for the best trial."""
-        above = (losses - self._least) / self._unit
-        return np.asarray(np.log1p(np.maximum(above, -0.5)) if self._choice["logarithmic"] else above)
+        return self._scale.transform(losses)
 
     def predict(self, features: Floats) -> tuple[Floats, Floats]:
         """Mean and standard deviation of each row, without noise."""
-        known = features @ self._prior
-        sums = self._sums(features)
-        far = _squared_distances(self._embed(features), self._points) / self._length
-        cross = self._kernel(self._linear(features, self._rows), np.exp(-0.5 * far), sums @ self._known.T)
-        mean = known + self._centre + cross @ self._weights
-        half = solve_triangular(self._factor[0], cross.T, lower=True, check_finite=False)
-        own = ((features * self._spread) ** 2).sum(axis=1)
-        variance = self._kernel(own, np.ones(len(own)), (sums**2).sum(axis=1)) - (half**2).sum(axis=0)
+        scale, shares = self._scale, self._shares
+        sums = scale.sums(features)
+        near = np.exp(-0.5 * scale.far_from(features) / shares.reach)
+        cross = scale.kernel(shares, scale.linear_with(features), near, sums @ scale.known.T)
+        mean = sums.sum(axis=1) + self._level + cross @ self._weights
+        half = solve_triangular(self._root[0], cross.T, lower=True, check_finite=False)
+        own = ((features * scale.spread) ** 2).sum(axis=1)
+        variance = scale.kernel(shares, own, np.ones(len(own)), (sums**2).sum(axis=1)) - (half**2).sum(axis=0)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
     def log_improvement(self, features: Floats) -> Floats:
@@ -108,109 +222,31 @@ class Surrogate:
 
         Drawn from the prior and corrected by the difference at the trials (Matheron's rule; Wilson et al., 2020).
         """
-        weights = rng.normal(size=(count, len(self._spread))) * self._choice["single"]
-        factors = rng.normal(size=(count, self._kinds.shape[1])) * _FACTOR
-        root = np.linalg.cholesky(self._near + 1e-6 * np.eye(len(self._rows)))
-        other = rng.normal(size=(count, len(self._rows))) @ root.T * np.sqrt(self._joint)
-        other += rng.normal(size=other.shape) * np.sqrt(self._noise)
-        other += rng.normal(size=(count, 1)) * np.sqrt(self._variance * self._choice["level"])
-        missing = self._residual - (weights * self._spread) @ self._rows.T - factors @ self._known.T - other
-        missing = cho_solve(self._factor, missing.T, check_finite=False).T
-        return self._corrected(weights, factors, missing)
+        scale, shares, plans = self._scale, self._shares, len(self._residual)
+        weights = rng.normal(size=(count, len(scale.spread))) * shares.single
+        factors = rng.normal(size=(count, scale.kinds.shape[1])) * _FACTOR
+        near = np.exp(-0.5 * scale.far / shares.reach)
+        root = np.linalg.cholesky(scale.variance * shares.joint * near + 1e-6 * scale.variance * np.eye(plans))
+        other = rng.normal(size=(count, plans)) @ root.T
+        other += rng.normal(size=other.shape) * np.sqrt(scale.variance * shares.noise)
+        other += rng.normal(size=(count, 1)) * np.sqrt(scale.variance * shares.level)
+        missing = self._residual - (weights * scale.spread) @ scale.rows.T - factors @ scale.known.T - other
+        return self._corrected(weights, factors, cho_solve(self._root, missing.T, check_finite=False).T)
 
     @cached_property
     def learned(self) -> Floats:
         """The most likely losses of all options."""
-        none = np.zeros((1, self._kinds.shape[1]))
-        likely: Floats = self._corrected(np.zeros((1, len(self._spread))), none, self._weights[None])[0]
+        kinds, options = self._scale.kinds.shape[1], len(self._scale.spread)
+        likely: Floats = self._corrected(np.zeros((1, options)), np.zeros((1, kinds)), self._weights[None])[0]
         return likely
 
     def _corrected(self, weights: Floats, factors: Floats, missing: Floats) -> Floats:
-        weights = weights + self._choice["single"] ** 2 * (missing @ self._rows) * self._spread
-        factors = factors + _FACTOR**2 * missing @ self._known
+        scale = self._scale
+        weights = weights + self._shares.single**2 * (missing @ scale.rows) * scale.spread
+        factors = factors + _FACTOR**2 * missing @ scale.known
         # The table's order within a kind is never turned round as a whole.
-        scaled = np.maximum(1.0 + factors, _LEAST_FACTOR) @ self._kinds.T * self._prior
-        return np.asarray(np.maximum(scaled + weights * self._spread, 0.0))
-
-    def _choose(self) -> None:
-        """Settle the scale of losses and the shares by marginal likelihood, one choice after another."""
-        found = [
-            self._climbed({**dict(zip(_GRID, start, strict=True)), "logarithmic": logarithmic, "level": level})
-            for start in _STARTS
-            for logarithmic, level in ((0.0, float(not self._from_original)), (1.0, 1.0))
-        ]
-        _, choice = max(found, key=lambda end: end[0])
-        self._prepare(choice, np.arange(len(self._losses)))
-        self._weights = cho_solve(self._factor, self._residual, check_finite=False)
-        self.best = float(self.transform(self._losses[:1])[0])
-
-    def _climbed(self, choice: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """The best choice that is reached by changing one part after another, and its evidence."""
-        best = self._evidence(choice)
-        for _ in range(_PASSES):
-            before = choice
-            for name, values in _GRID.items():
-                for value in values:
-                    other = {**choice, name: value}
-                    if other != choice and (found := self._evidence(other)) > best:
-                        best, choice = found, other
-            if choice == before:
-                break
-        return best, choice
-
-    def _evidence(self, choice: dict[str, float]) -> float:
-        """The logarithm of the likelihood of the losses themselves, whatever the scale on which they are modelled."""
-        try:
-            self._prepare(choice, self._judging)
-        except np.linalg.LinAlgError:
-            return -np.inf
-        half = solve_triangular(self._factor[0], self._residual, lower=True, check_finite=False)
-        density = -0.5 * half @ half - np.log(np.diag(self._factor[0])).sum()
-        stretched = self._wanted.sum() if choice["logarithmic"] else 0.0
-        return float(density - stretched)
-
-    def _prepare(self, choice: dict[str, float], some: Ints) -> None:
-        """Everything that follows from a choice and from these trials."""
-        self._choice, rows = choice, self._rows[some]
-        self._scale(choice["logarithmic"])
-        self._wanted = self.transform(self._losses[some])
-        self._variance = max(float(np.var(self._wanted)), 1e-9)
-        self._joint, self._noise = self._variance * choice["joint"], self._variance * choice["noise"]
-        self._known, self._points = self._sums(rows), self._embed(rows)
-        known = self._known.sum(axis=1)
-        self._centre = float((self._wanted - known).mean()) if choice["level"] else -self._least / self._unit
-        self._residual = self._wanted - known - self._centre
-        far = _squared_distances(self._points, self._points)
-        median = max(float(np.median(far[np.triu_indices(len(far), 1)])), 1e-9) if len(far) > 1 else 1.0
-        self._length = choice["reach"] * median
-        self._near = np.exp(-0.5 * far / self._length)
-        kernel = self._kernel(self._linear(rows, rows), self._near, self._known @ self._known.T)
-        self._factor = (np.linalg.cholesky(kernel + self._noise * np.eye(len(rows))), True)
-
-    def _scale(self, logarithmic: float) -> None:
-        """The table's losses in the units of predictions, by least squares."""
-        wanted = self.transform(self._losses) if logarithmic else self._losses / self._unit
-        known = self._rows @ self._options.losses
-        multiple = max(float(known @ wanted) / max(float(known @ known), 1e-12), 1e-12)
-        self._prior = multiple * self._options.losses
-        own = self._prior[self._options.losses > 0]
-        floor = _FLOOR * (float(own.mean()) if len(own) else 1.0)
-        self._spread = np.where(self._options.neutral, 0.0, self._prior + floor)
-        self._place = np.sqrt(np.maximum(self._prior, 0.0))
-
-    def _kernel(self, linear: Floats, near: Floats, factors: Floats) -> Floats:
-        level = self._choice["level"] * self._variance
-        return np.asarray(self._choice["single"] ** 2 * linear + self._joint * near + _FACTOR**2 * factors + level)
-
-    def _linear(self, one: Floats, other: Floats) -> Floats:
-        return np.asarray((one * self._spread**2) @ other.T)
-
-    def _sums(self, features: Floats) -> Floats:
-        """(row, kind): what the table says that the options of each kind lose together."""
-        return np.asarray((features * self._prior) @ self._kinds)
-
-    def _embed(self, features: Floats) -> Floats:
-        return np.asarray(np.add.reduceat(features * self._place, self._starts, axis=1))
+        scaled = np.maximum(1.0 + factors, _LEAST_FACTOR) @ scale.kinds.T * scale.prior
+        return np.asarray(np.maximum(scaled + weights * scale.spread, 0.0))
 
 
 def _unit(losses: Floats) -> float:
