@@ -54,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Shares:
-    """How much of each part a model has: see `_GRID`. `level`: 1 where plans have an unknown level in common, else 0."""
+    """How much there is of each part: see `_GRID`. `level`: 1 where plans have an unknown level in common, else 0."""
 
     single: float
     noise: float
