@@ -292,11 +292,6 @@ class Campaign:
         found = variants(self.space, plans, self.table.quality, low, self.fits)[:count]
         seed_plans(self.study(), self.space, {f"{RELAXED}-{i}": plan for i, plan in enumerate(found, 1)})
 
-    def evaluated(self) -> list[tuple[Plan, float]]:
-        """The plans of finished trials with their one-shot metrics, those of other budgets included."""
-        done = evaluated_plans(self.study(), self.space)
-        return [*self._evaluated_elsewhere(), *done]
-
     @property
     def costs(self) -> CostModel:
         return self.forecast.costs
@@ -392,8 +387,12 @@ class Campaign:
 
     def ranked(self, count: int) -> list[Plan]:
         """Plans of finished trials, best first, that today's cost model still finds within the budget."""
-        plans = [self.space.plan(trial.params) for trial in ranked(self.study(), count)]
-        return [plan for plan in plans if self.fits(plan)]
+        return [plan for plan, _ in self.ranked_figures(count)]
+
+    def ranked_figures(self, count: int) -> list[tuple[Plan, float]]:
+        """The same with their one-shot metrics."""
+        found = [(self.space.plan(t.params), float(t.values[0])) for t in ranked(self.study(), count)]
+        return [(plan, value) for plan, value in found if self.fits(plan)]
 
     def _settle_space(self) -> None:
         """Drop dominated options once: a resumed run offers what it offered before, whatever was measured since."""

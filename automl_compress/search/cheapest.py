@@ -106,8 +106,9 @@ class _Hunt:
 
     def _look(self, share: float, looks: int) -> None:
         leg, trials = self._leg(share), max(_FEWEST_TRIALS, self.trials // (2 * _LOOKS))
-        exploring = self.climber.allot(trials, baselines=self._beside, looks=looks).exploring
-        plans = finalists(leg, trials, None if exploring is None else exploring / looks)
+        ahead = self.climber.allot(trials, baselines=self._beside, looks=looks)
+        exploring = None if ahead.exploring is None else ahead.exploring / looks
+        plans = finalists(leg, trials, exploring, places=ahead.rungs[0].models)
         allotment = self.climber.allot(0, baselines=self._beside, looks=looks)
         found = [self.climber.climb(leg, plans, allotment)]
         if self.looks == 1:

@@ -16,7 +16,7 @@ from automl_compress.search.losses import additive_loss
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import Option, QualityKey
 
-_ASKED = 40  # predictions for one plan
+_REFUSED = 60  # predictions of plans that don't fit, for each plan
 _CUTS = ("sparsity", "drop", "width")
 
 
@@ -29,17 +29,18 @@ def relaxed(
     """
     if not fits(plan):
         return None
-    params, asked = space.params(plan), 0
+    params, refused = space.params(plan), set[tuple[str, Option]]()
     steps = _undoing(space, params, quality)
-    while steps and asked < _ASKED:
+    while steps and len(refused) < _REFUSED:
         name, option = steps.pop(0)
         milder = space.plan({**params, name: option})
-        if space.plan_key(milder) == space.plan_key(plan):
+        if (name, option) in refused or space.plan_key(milder) == space.plan_key(plan):
             continue
-        asked += 1
         if fits(milder):
             plan, params = milder, space.params(milder)
             steps = _undoing(space, params, quality)
+        else:  # it fits even less beside what is undone since
+            refused.add((name, option))
     return plan
 
 

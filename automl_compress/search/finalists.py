@@ -38,9 +38,10 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
         if not sum(campaign.trial_counts().values()):
             clock.refuse("it was over before the first trial", clock.typical("trial") or 1.0)
         confirm(campaign, _unmeasured(campaign))
-        campaign.relax(_ordered(campaign, places)[:_RELAXED], kept)
-        _explore(campaign, wanted, until)
-        confirm(campaign, _unmeasured(campaign))
+        if kept:
+            campaign.relax(_ordered(campaign, places)[:_RELAXED], kept)
+            _explore(campaign, wanted, until)
+            confirm(campaign, _unmeasured(campaign))
         passed = _ordered(campaign, places)
         if passed:
             return passed
@@ -59,11 +60,10 @@ def _unmeasured(campaign: Campaign) -> list[Plan]:
 
 def _ordered(campaign: Campaign, places: int) -> list[Plan]:
     """The measured plans that are within the budget, in the order in which they are to be trained."""
-    passed = [plan for plan in campaign.ranked(10 * _CONFIRM) if plan.key in campaign.measured]
-    values = {plan.key: value for plan, value in campaign.evaluated()}
+    figures = campaign.ranked_figures(10 * _CONFIRM)
     return in_order(
         campaign.space,
-        [(plan, values[plan.key]) for plan in passed],
+        [(plan, value) for plan, value in figures if plan.key in campaign.measured],
         campaign.table.quality,
         error=campaign.bench.standard_error,
         always=[plan for name, plan in campaign.seeds().items() if name == FEWEST_BLOCKS],

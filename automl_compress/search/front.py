@@ -56,8 +56,9 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
         leg = campaign.leg(what, share)
         try:
             for _ in range(_TRIES):
-                exploring = climber.allot(trials * left, baselines=0, looks=left).exploring
-                plans = finalists(leg, trials, None if exploring is None else exploring / left)
+                ahead = climber.allot(trials * left, baselines=0, looks=left)
+                exploring = None if ahead.exploring is None else ahead.exploring / left
+                plans = finalists(leg, trials, exploring, places=ahead.rungs[0].models)
                 finished = climber.climb(leg, plans, climber.allot(0, baselines=0, looks=left))
                 best = max([finished, *within_budget(leg, beaten)], key=lambda candidate: candidate.metric)
                 verified = verified_or_rejected(leg, best, {} if points else beaten)

@@ -172,3 +172,16 @@ def test_tightening_makes_every_prediction_dearer(tmp_path: Path, home: Path) ->
         assert opened.predict(plan).size_bytes == before.size_bytes
         opened.tighten(opened.predict(plan), before)
         assert opened.predict(plan).latency_us == pytest.approx(before.latency_us * 1.2), "a cheaper one is ignored"
+
+
+def test_a_search_whose_models_all_come_out_cheaper_has_room_for_more(tmp_path: Path, home: Path) -> None:
+    with campaign(tmp_path / "run", home, latency="70%") as opened:
+        opened.learn()
+        plans = [Plan(width=0.5), Plan(drop=frozenset({"block"}))]
+        before = [opened.predict(plan) for plan in plans]
+        measured = [replace(cost, latency_us=cost.latency_us * f) for cost, f in zip(before, (0.9, 0.95), strict=True)]
+        opened.loosen(list(zip(before, measured, strict=True)))
+        for plan, cost in zip(plans, before, strict=True):
+            assert opened.predict(plan).latency_us == pytest.approx(0.95 * cost.latency_us)
+        opened.loosen([(cost, replace(cost, latency_us=1.01 * cost.latency_us)) for cost in before])
+        assert opened.predict(plans[0]).latency_us == pytest.approx(0.95 * before[0].latency_us), "one was dearer"
