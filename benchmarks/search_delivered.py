@@ -51,6 +51,7 @@ _AIM = 0.985  # of the budget: a model's latency is not the same in two runs
 _TURN = 8
 _MEASURED = 8
 _VARIANTS = 8
+_JUDGED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,9 @@ class Item:
 class Deliveries:
     """What was cut, trained and timed so far, below `cache`."""
 
-    def __init__(self, laboratory: Laboratory, cache: Path, progress: Progress, *, seeds: int) -> None:
+    def __init__(
+        self, laboratory: Laboratory, cache: Path, progress: Progress, *, routes: Sequence[str], seeds: int
+    ) -> None:
         self.laboratory, self.progress, self._seeds = laboratory, progress, seeds
         self._folder = cache / "models"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,8 @@ class Deliveries:
         self._timings = Lines(cache / "timings.jsonl")
         self._rungs = Lines(cache / "rungs.jsonl")
         self._cache = cache
-        self._routes = cuts(laboratory, cache, progress)
+        self._first: dict[float, dict[str, Plan]] = {}
+        self._routes = cuts(laboratory, cache, progress, routes)
         # Models that were trained by other defaults aren't compared with these.
         recipe = f"{Training()} {parse_losses(DEFAULT)!r} {DEFAULT_MODE}"
         self._recipe = hashlib.sha256(recipe.encode()).hexdigest()[:6]
@@ -182,7 +186,7 @@ class Deliveries:
         """The best plans of part (a), and those that it started from, if they are predicted to be within the budget."""
         budget, found = self.laboratory.budget(share), list[Plan]()
         best = best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[:_MEASURED]
-        for plan in (*best, *seeds(self.laboratory, share).values()):
+        for plan in (*best, *self._seed_plans(share).values()):
             if budget.met(self.laboratory.predict(plan)) and plan.key not in {other.key for other in found}:
                 found.append(plan)
         return found
@@ -206,6 +210,11 @@ class Deliveries:
             lambda plan: min(dearest, 1.0) * predicted(plan) <= _AIM * share,
         )[:_VARIANTS]
 
+    def _seed_plans(self, share: float) -> dict[str, Plan]:
+        if share not in self._first:
+            self._first[share] = seeds(self.laboratory, share)
+        return self._first[share]
+
     def _ratio(self, plan: Plan) -> float:
         return float(self._ratios.known[f"{OURS}-{plan.key}"])
 
@@ -216,6 +225,9 @@ class Deliveries:
         """The search's choice: the best of those that it measured within the budget, by the product's ladder."""
         bench, steps = self.laboratory.bench, rungs(epochs, most_entrants(epochs))
         pool = self._within([*self._variants(share), *self._finalists(share)], share)
+        by_hand = [plan for name, plan in self._seed_plans(share).items() if name == FEWEST_BLOCKS]
+        pool.sort(key=lambda plan: (plan not in by_hand, -self.laboratory.evaluate(plan)))
+        pool = pool[:_JUDGED]
         self.progress.stage(f"judging the search's finalists at {share:.0%}", len(pool))
         for plan in pool:
             if plan.key not in self._one_shot.known:
@@ -226,7 +238,7 @@ class Deliveries:
             [(plan, float(self._one_shot.known[plan.key])) for plan in pool],
             self.laboratory.table.quality,
             error=bench.standard_error,
-            always=[plan for name, plan in seeds(self.laboratory, share).items() if name == FEWEST_BLOCKS],
+            always=by_hand,
             places=steps[0].models,
         )
         for rung, after in pairwise(steps):
@@ -295,7 +307,7 @@ def run(
     The steps that are named: `models` trains, the others measure and want an idle core.
     After `deadline` (of `time.monotonic`) no further model is begun.
     """
-    deliveries = Deliveries(laboratory, cache, progress, seeds=seeds)
+    deliveries = Deliveries(laboratory, cache, progress, routes=routes, seeds=seeds)
     if "cuts" in steps:
         deliveries.measure_cuts()
         progress.note(f"in 8 bits with nothing removed: {deliveries.untouched_ratio():.3f} of the original's latency")

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,16 @@ _LEVELS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def cuts(laboratory: Laboratory, cache: Path, progress: Progress) -> dict[str, dict[str, Plan]]:
+def cuts(
+    laboratory: Laboratory, cache: Path, progress: Progress, routes: Collection[str] = ROUTES
+) -> dict[str, dict[str, Plan]]:
     """Route -> name of the cut -> plan with its channels selected, all layers in 8 bits. Nothing in it is repaired."""
     graph, bits = laboratory.bench.graph, eight_bits(laboratory)
     found: dict[str, dict[str, Plan]] = {UNTOUCHED: {UNTOUCHED: Plan(bits=bits)}}
     original = laboratory.bench.teacher.state_dict()
     for route, levels in _LEVELS.items():
+        if route not in routes:
+            continue  # nothing is installed for it
         folder = _run_peer(laboratory, cache, route, levels, progress)
         kept = {
             level["name"]: kept_channels(graph, original, load_file(folder / f"{level['name']}.safetensors"))
