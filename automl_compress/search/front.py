@@ -7,11 +7,13 @@ left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from automl_compress.errors import InfeasibleError
+from automl_compress.search.baselines import Baselines, find_rivals, searched
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.climb import Climber, baseline_plans, within_budget
 from automl_compress.search.deliver import Verified
@@ -26,11 +28,16 @@ _TRIES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model of the front with its verified figures. `share`: the budget that it was searched under."""
+    """A model of the front with its verified figures.
+
+    share   the budget that it was searched under
+    beaten  what there is to beat at that budget
+    """
 
     share: float
     candidate: Candidate
     verified: Verified
+    beaten: Baselines
 
 
 def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
@@ -63,13 +70,21 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
                 best = max([finished, *within_budget(leg, beaten)], key=lambda candidate: candidate.metric)
                 verified = verified_or_rejected(leg, best, {} if points else beaten)
                 if verified is not None:
-                    points.append(Point(share=share, candidate=best, verified=verified))
+                    found = rivals_of(leg, climber, {} if points else beaten)
+                    points.append(Point(share=share, candidate=best, verified=verified, beaten=found))
                     break
         except InfeasibleError as error:
             campaign.progress.note(f"no model at {share:.1%}: {error}")
     if not points:
         raise campaign.infeasible("no model of the front met its budget")
     return not_dominated(points, what)
+
+
+def rivals_of(leg: Campaign, climber: Climber, trained: Mapping[str, Candidate]) -> Baselines:
+    """What there is to beat at one budget, evaluated as `--baselines` says; of it `trained` was trained."""
+    search = tuple(float(trial.values[0]) for trial in searched(leg))
+    rivals = find_rivals(leg, climber.effort, search, lambda: not climber.time_for_another())
+    return Baselines(rivals=rivals, search=search, candidates=trained, distilled=frozenset(trained))
 
 
 def not_dominated(points: list[Point], what: str) -> list[Point]:

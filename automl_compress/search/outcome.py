@@ -19,7 +19,7 @@ from automl_compress.search.deliver import Verified, final_metric
 from automl_compress.search.front import Point
 from automl_compress.search.ladder import Candidate, plan_file
 from automl_compress.search.settings import Settings, reproduce
-from automl_compress.search.standings import full_standings, one_shot_standings
+from automl_compress.search.standings import front_standings, full_standings, one_shot_standings
 
 
 def delivered(campaign: Campaign, settings: Settings, best: Candidate, verified: Verified, beaten: Baselines) -> Result:
@@ -66,6 +66,9 @@ def front(campaign: Campaign, settings: Settings, points: Sequence[Point]) -> Re
     baselines = next((p.verified.baselines for p in points if p.verified.baselines), {})
     measured = all(point.verified.cost.provenance == "measured" for point in points)
     notes = dict.fromkeys(note for point in points for note in point.verified.notes)
+    assert settings.front is not None
+    beside = {name: (point.beaten, point.verified) for name, point in zip(figures, points, strict=True)}
+    standings = front_standings(beside, settings.front.minimise)
     return _result(
         campaign,
         settings,
@@ -73,6 +76,7 @@ def front(campaign: Campaign, settings: Settings, points: Sequence[Point]) -> Re
         original=verified.original,
         front=figures,
         baselines=baselines,
+        standings=tuple(standing.to_json() for standing in standings),
         budget=verified.budget.limits,
         notes=(*notes, *(f"the time limit left {cut}" for cut in settings.clock.cuts), *notes_of(campaign)),
         seconds={"total": settings.clock.now() - settings.clock.begun},

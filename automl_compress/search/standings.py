@@ -80,7 +80,7 @@ def full_standings(found: Baselines, verified: Verified, goal: Goal | None = Non
     """The delivered model beside the original and the baselines that were trained; with a `goal`, its cost beside that
     of baselines that are good enough."""
     delivered = verified.delivered
-    models = {ORIGINAL: verified.original, **{k: v for k, v in verified.baselines.items() if k in found.distilled}}
+    models = {ORIGINAL: verified.original, **_trained(found, verified)}
     for name, figures in models.items():
         rival = _is_rival(figures, verified, goal)
         same = figures.plan is not None and figures.plan == delivered.plan
@@ -98,6 +98,39 @@ def full_standings(found: Baselines, verified: Verified, goal: Goal | None = Non
         )
 
 
+def front_standings(points: Mapping[str, tuple[Baselines, Verified]], minimise: str) -> Iterator[Standing]:
+    """A front's models, by name, each with the baselines of its budget: each before training, and after it the best of
+    the models that cost no more than a baseline."""
+    for name, (found, _) in points.items():
+        for standing in one_shot_standings(found):
+            yield replace(standing, baseline=f"{standing.baseline} ({name})", text=f"{name}, {standing.text}")
+    baselines = {k: v for found, verified in points.values() for k, v in _trained(found, verified).items()}
+    models = {name: verified.delivered for name, (_, verified) in points.items()}
+    for name, figures in baselines.items():
+        cost = _metric_cost(figures, minimise)
+        cheaper = {model: f for model, f in models.items() if _metric_cost(f, minimise) <= cost}
+        best = max(cheaper, key=lambda model: cheaper[model].metric, default=None)
+        beaten, what = None, "no model of the front is as cheap"
+        if best is not None:
+            same = figures.plan is not None and figures.plan == cheaper[best].plan
+            beaten = not same and cheaper[best].metric > figures.metric
+            verdict = "it is this model" if same else _verdict(beaten)
+            what = f"{best} {_with_cost(cheaper[best], minimise)}: {verdict}"
+        yield Standing(
+            baseline=name,
+            rung="full",
+            metric=figures.metric,
+            search_metric=None if best is None else cheaper[best].metric,
+            within_budget=best is not None,
+            beaten=beaten,
+            text=f"{name}: {_with_cost(figures, minimise)} trained, {what}",
+        )
+
+
+def _trained(found: Baselines, verified: Verified) -> dict[str, Figures]:
+    return {name: figures for name, figures in verified.baselines.items() if name in found.distilled}
+
+
 def _is_rival(figures: Figures, verified: Verified, goal: Goal | None) -> bool:
     cost = replace(
         verified.cost,
@@ -112,22 +145,24 @@ def _is_rival(figures: Figures, verified: Verified, goal: Goal | None) -> bool:
 def _better(delivered: Figures, other: Figures, goal: Goal | None) -> bool:
     if goal is None:
         return delivered.metric > other.metric
-    return _cost(delivered, goal) < _cost(other, goal)
+    return _metric_cost(delivered, goal.minimise) < _metric_cost(other, goal.minimise)
 
 
-def _cost(figures: Figures, goal: Goal) -> float:
+def _metric_cost(figures: Figures, metric: str) -> float:
     fields: Mapping[str, float] = {
         "latency": figures.latency_us,
         "size": figures.size_bytes,
         "memory": figures.memory_bytes,
     }
-    return fields[goal.minimise]
+    return fields[metric]
 
 
 def _shown(figures: Figures, goal: Goal | None) -> str:
-    if goal is None:
-        return _number(figures.metric)
-    return f"{_number(figures.metric)} with {format_metric(goal.minimise, _cost(figures, goal))}"
+    return _number(figures.metric) if goal is None else _with_cost(figures, goal.minimise)
+
+
+def _with_cost(figures: Figures, metric: str) -> str:
+    return f"{_number(figures.metric)} with {format_metric(metric, _metric_cost(figures, metric))}"
 
 
 def _number(value: float | None) -> str:

@@ -144,6 +144,14 @@ def test_a_front_gets_better_with_every_dearer_model(learned: Campaign, strict: 
         }
         assert figures.test_metric is not None
     assert "uniform-int8" in result.baselines
+    at_each = [s for s in result.standings if s["rung"] == "one-shot"]
+    assert {s["baseline"] for s in at_each} >= {f"uniform-int8 ({name})" for name in result.front}
+    (uniform,) = (s for s in result.standings if s["rung"] == "full")
+    cost = result.baselines["uniform-int8"].latency_us
+    as_cheap = [figures.metric for figures in points if figures.latency_us <= cost]
+    assert uniform["search_metric"] == max(as_cheap, default=None)
+    assert uniform["within_budget"] is bool(as_cheap)
+    assert uniform["text"].startswith("uniform-int8: ")
     again = Result.from_json(json.loads(json.dumps(result.to_json())), result.folder)
     assert again.front == result.front
     told = summarize(result.to_json())
