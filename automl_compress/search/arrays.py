@@ -44,6 +44,7 @@ class TableArrays:
     offered    (layer, index) whether there are bits of that index
     exact      whether every width is priced as it is
     cost       (metric, place, bits) -> cost, a place being a layer at an input and an output width
+    share      place -> what of the layer's loss by fewer bits counts there
     """
 
     def __init__(self, space: SearchSpace, graph: Graph, table: AdditiveTable, width: float = 1.0) -> None:
@@ -93,18 +94,21 @@ class TableArrays:
     def costs(self, states: States) -> Floats:
         """(row, metric) -> cost, what is fixed included."""
         here = self.gone(states.drop)[0] == 0
-        place = self.places(*self.widths(states.position))
-        total: Floats = (self.cost[:, place, states.bits] * here).sum(axis=2).T + self.fixed
+        return self._costs(self.places(*self.widths(states.position)), states.bits, here)
+
+    def _costs(self, place: Ints, bits: Ints, here: Bools) -> Floats:
+        total: Floats = (self.cost[:, place, bits] * here).sum(axis=2).T + self.fixed
         return total
 
     def total(self, states: States, losses: Losses) -> tuple[Floats, Floats]:
         """(loss, cost by metric) of every state, what is fixed included."""
         rows = np.arange(len(states))[:, None]
         layers_gone, knobs_gone = self.gone(states.drop)
-        loss = (losses.bits[rows, np.arange(len(self.layers)), states.bits] * (layers_gone == 0)).sum(axis=1)
+        place, here = self.places(*self.widths(states.position)), layers_gone == 0
+        loss = (losses.bits[rows, np.arange(len(self.layers)), states.bits] * self.share[place] * here).sum(axis=1)
         loss += (losses.knobs[rows, self.first + states.position] * (knobs_gone == 0)).sum(axis=1)
         counted = states.drop & ~((states.drop.astype(float) @ self._inside) > 0)
-        return loss + np.where(counted, losses.drop, 0.0).sum(axis=1), self.costs(states)
+        return loss + np.where(counted, losses.drop, 0.0).sum(axis=1), self._costs(place, states.bits, here)
 
     def plain(self, states: States) -> States:
         """The same plans, with what is gone at its first choice: equal plans have equal rows."""
@@ -250,6 +254,7 @@ class TableArrays:
         most = max(len(offered) for offered in self.bits)
         self.offered: Bools = np.zeros((len(self.layers), most), dtype=bool)
         places: list[Floats] = []
+        shares: list[Floats] = []
         layer_of: list[Ints] = []
         first, columns = [], []
         maps: dict[str, list[Ints]] = {"in": [], "out": []}
@@ -267,10 +272,12 @@ class TableArrays:
             for at, bits in enumerate(self.bits[column]):
                 prices[:, :, at] = self.table.costs(layer.name, grid, bits)
             places.append(prices)
+            shares.append(self.table.share_of_bits(layer, grid[:, 1]))
             layer_of.append(np.full(len(grid), column))
             maps["in"].append(upward(inputs, layer.in_channels))
             maps["out"].append(upward(outputs, layer.out_channels))
         self.cost: Floats = np.concatenate(places).transpose(1, 0, 2).copy()
+        self.share: Floats = np.concatenate(shares)
         self.place_layer: Ints = np.concatenate(layer_of)
         self._place_first, self._columns = np.array(first, dtype=np.int64), np.array(columns, dtype=np.int64)
         self._in_index, self._in_first = joined(maps["in"])

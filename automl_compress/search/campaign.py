@@ -36,7 +36,7 @@ from automl_compress.search.pricing import additive_table
 from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sampler import make_sampler
 from automl_compress.search.seeds import UNIFORM, first_plans, loosest_optimum
-from automl_compress.search.sensitivity import Sensitivity, measure_sensitivity
+from automl_compress.search.sensitivity import Sensitivity, measure_joint, measure_sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
 from automl_compress.search.study import (
@@ -165,7 +165,8 @@ class Campaign:
                 self.clock.require(pace * (options - measured), "measuring what the options cost in quality")
 
         quality: Sensitivity = measure_sensitivity(self.bench, self.space, file, advance)
-        self.table = replace(self.table, quality=quality)
+        joint = measure_joint(self.bench, self.space, quality, file)
+        self.table = replace(self.table, quality=quality, joint=joint)
 
     def leg(self, metric: str, share: float) -> Campaign:
         """The same search with one budget set to a share of the original's figure, with a study of its own.

@@ -180,7 +180,7 @@ class Descent:
     def _reduced(self, losses: Losses, prices: Floats) -> tuple[Floats, Ints]:
         """(row, place) -> loss and price of the best bits there, and their index."""
         value = np.tensordot(prices, self.arrays.cost, axes=1)
-        value += losses.bits[:, self.arrays.place_layer]
+        value += losses.bits[:, self.arrays.place_layer] * self.arrays.share[:, None]
         bits = value.argmin(axis=2)
         return np.take_along_axis(value, bits[:, :, None], axis=2)[:, :, 0], bits
 

@@ -154,11 +154,15 @@ class Neighbours:
             after = arrays.cost[:, at, bits[:, case]] * here[:, case]
             sums = np.add.reduceat(after - before[:, :, case], self._cases.starts, axis=2)
             cost[:, :, self._cases.positions] = sums.transpose(1, 0, 2)
+            if arrays.table.joint:
+                alone = losses.bits[rows, layers, bits] * here
+                change = alone[:, case] * (arrays.share[at] - arrays.share[place[:, layers]][:, case])
+                loss[:, self._cases.positions] += np.add.reduceat(change, self._cases.starts, axis=1)
         return loss, cost
 
     def _bit_widths(self, states: States, losses: Losses, place: Ints, here: Bools) -> tuple[Floats, Floats]:
         rows, layers = np.arange(len(states))[:, None], np.arange(len(self.arrays.layers))
-        loss = losses.bits - losses.bits[rows, layers, states.bits][:, :, None]
+        loss = (losses.bits - losses.bits[rows, layers, states.bits][:, :, None]) * self.arrays.share[place][:, :, None]
         barred = ~here[:, :, None] | (losses.bits >= NEVER) | (states.bits[:, :, None] == np.arange(self._width))
         cost = self.arrays.cost[:, place] - self.arrays.cost[:, place, states.bits][:, :, :, None]
         flat = (len(states), len(layers) * self._width)
@@ -176,7 +180,7 @@ class Neighbours:
         layers = (arrays.block_layers * (held == 0)).astype(float)
         held = knobs_gone[:, None, :] - drop[:, :, None] * arrays.block_knobs
         knobs = (arrays.block_knobs * (held == 0)).astype(float)
-        of_layers = losses.bits[rows, np.arange(len(arrays.layers)), states.bits]
+        of_layers = losses.bits[rows, np.arange(len(arrays.layers)), states.bits] * arrays.share[place]
         of_knobs = losses.knobs[rows, arrays.first + states.position]
         within = drop.astype(np.int64) @ arrays.inside > 0
         # A removed block inside of this one counts only while no other removed block holds it.

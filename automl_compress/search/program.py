@@ -61,6 +61,7 @@ class Decoder:
         self._rows = Rows()
         self._columns: dict[Column, int] = {}
         self._costs: dict[int, LayerCost] = {}
+        self._joint: dict[int, tuple[QualityKey, float]] = {}
         self._options: dict[str, dict[int, Option]] = {
             g.name: kept_options(space.options(f"sparsity.{g.name}"), g.size, self.width) for g in graph.groups
         }
@@ -96,14 +97,14 @@ class Decoder:
         stop. Raises NoPlanInTime if the time passes before any plan is found.
         """
         loss = self._losses(quality)
-        scale = max(float(loss.sum()), 1e-12)
+        scale = max(float(np.abs(loss).sum()), 1e-12)
         tie_break = sum(v / self._full[m] for m, v in self._cost.items())
         return self._minimise(1e3 * loss / scale + 1e-2 * tie_break, quality, limits, exclude, gap, time_limit_s)
 
     def cheapest(self, quality: Mapping[QualityKey, float], metric: str, *, time_limit_s: float = 5.0) -> Solution:
         """The plan with the lowest 'latency' or 'size', the one with the lower loss among equals."""
         loss = self._losses(quality)
-        objective = 1e3 * self._cost[metric] / self._full[metric] + 1e-2 * loss / max(float(loss.sum()), 1e-12)
+        objective = 1e3 * self._cost[metric] / self._full[metric] + 1e-2 * loss / max(float(np.abs(loss).sum()), 1e-12)
         found = self._minimise(objective, quality, {}, (), 1e-6, time_limit_s)
         if found is None:
             raise CompressError(f"space {self.space.name}: its fixed choices contradict each other, there is no plan")
@@ -130,6 +131,7 @@ class Decoder:
             over = {m: cost.of(m) / wanted[m] for m in wanted if cost.of(m) > wanted[m]}
             if not over:
                 loss = additive_loss(self.space, plan, quality)
+                loss += self.table.joint_loss(self.graph, plan, quality)
                 return Solution(plan=plan, loss=loss, cost=cost, gap=float(result.mip_gap or 0.0))
             aims.update({m: aims[m] / ratio * (1 - 1e-6) for m, ratio in over.items()})
         return None
@@ -203,6 +205,9 @@ class Decoder:
             column = self._rows.column()
             inputs, outputs = sides[0].widths[points[0]][0], sides[-1].widths[points[-1]][-1]
             self._costs[column] = self.table.cost(layer.name, (inputs, outputs, b))
+            if layer.name in self.table.joint:
+                share = float(self.table.share_of_bits(layer, np.array(outputs)))
+                self._joint[column] = ((f"bits.{layer.name}", b), share - 1.0)
             by_bits[b].append(column)
             for axis, point in enumerate(points):
                 by_point[axis].setdefault(point, []).append(column)
@@ -268,6 +273,7 @@ class Decoder:
                 size = self.graph.group[target].size
                 key = (f"sparsity.{target}", nearest_option(options, size, value) if options else 0.0)
             values[column] = quality.get(key, 0.0)
+        values |= {column: quality.get(key, 0.0) * change for column, (key, change) in self._joint.items()}
         return self._rows.vector(values)
 
     def _plan(self, x: Vector) -> Plan:

@@ -3,18 +3,20 @@
 An option is applied to the otherwise untouched original, and the distance of the outputs is taken (Kullback-Leibler
 divergence for classification), on samples that nothing was fitted to. Of a channel group, two sparsities are measured,
 and the others lie along the curve that the elimination of its channels has: squared error against channels removed,
-which is convex and starts at 0. The table is kept in the run folder and reused.
+which is convex and starts at 0. Where width and bits of one layer cost most, both are applied together, and what the
+bits lose more or less than alone is told for every other width. The table is kept in the run folder and reused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from automl_compress.core.plan import Plan
+from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.lines import append_line, read_lines
 from automl_compress.search.space import Decision, SearchSpace
@@ -26,6 +28,9 @@ ANCHORS = (0.375, 0.75)
 Sensitivity = dict[QualityKey, float]
 Measure = Callable[[Plan], float]
 _LEAST = 1e-12
+_PAIRS = 3
+_FURTHEST = (-1.0, 4.0)
+"""Between these a joint effect is believed: it's a difference of distances on few samples."""
 
 
 def measure_sensitivity(
@@ -71,6 +76,58 @@ def along_curve(
         most = max(most, ratio * curve[option])
         result[option] = most
     return result
+
+
+def measure_joint(
+    bench: Workbench, space: SearchSpace, quality: Mapping[QualityKey, float], file: Path | None = None
+) -> dict[str, float]:
+    """Layer -> by what share of itself the loss by fewer bits would change if all output channels went.
+
+    Measured with the lowest bit-width and a sparsity of the layer's output channels, both from one repaired model on
+    the same samples, for the few layers of `joint_options`. The change is taken to be the same share at every
+    bit-width, and to grow with the channels removed. Kept in `file` like what the options lose alone.
+    """
+    known = _load(file)
+    result: dict[str, float] = {}
+    for name, bits, group, option in joint_options(space, quality):
+        key = f"bits.{name}={bits} with sparsity.{group}={option}"
+        cut = Plan(sparsity={group: float(option)})
+        if key not in known:
+            model, plan = bench.student(cut)
+            together = bench.distortion(bench.export(model, replace(plan, bits={name: bits})))
+            known[key] = together - bench.distortion(bench.export(model, plan))
+            if file is not None:
+                append_line(file, {"option": key, "distance": known[key]})
+        layer = space.graph.layer[name]
+        removed = 1.0 - cut.widths(space.graph)[name][1] / layer.out_channels
+        alone = quality[f"bits.{name}", bits]
+        result[name] = float(np.clip((known[key] / alone - 1.0) / removed, *_FURTHEST))
+    return result
+
+
+def joint_options(space: SearchSpace, quality: Mapping[QualityKey, float]) -> list[tuple[str, int, str, Option]]:
+    """(layer, its lowest bit-width, group of its output channels, sparsity): of every group the layer that loses most
+    by fewer bits, and of these the pairs with the largest product of what each loses alone."""
+    found: list[tuple[float, tuple[str, int, str, Option]]] = []
+    for group in space.graph.groups:
+        sizes = {
+            o: Plan(sparsity={"": float(o)}).kept_count("", group.size) for o in space.options(f"sparsity.{group.name}")
+        }
+        cut = [option for option, kept in sizes.items() if kept < group.size]
+        lowest = {
+            layer.name: min(int(b) for b in space.options(f"bits.{layer.name}"))
+            for layer in space.graph.layers
+            if group.name in layer.out_groups and space.options(f"bits.{layer.name}")
+        }
+        alone = {x: quality.get((f"bits.{x}", b), 0.0) for x, b in lowest.items() if b < FULL_BITS}
+        if not cut or not alone:
+            continue
+        name = max(alone, key=lambda x: alone[x])
+        option = min(cut, key=lambda o: abs(float(o) - ANCHORS[0]))
+        product = alone[name] * quality.get((f"sparsity.{group.name}", option), 0.0)
+        if product > 0 and name not in {pair[0] for _, pair in found}:
+            found.append((product, (name, lowest[name], group.name, option)))
+    return [pair for _, pair in sorted(found, key=lambda entry: -entry[0])[:_PAIRS]]
 
 
 def single(decision: Decision, option: Option) -> Plan:

@@ -18,6 +18,7 @@ from automl_compress.core.plan import Plan
 
 ADDITIVE = ("latency", "size")
 """The metrics that add up over layers, in the order in which arrays hold them."""
+_LEAST_SHARE = 0.05  # of the loss by fewer bits that always counts
 _LEAST_CERTAIN_FIRST: tuple[Provenance, ...] = ("estimated", "interpolated", "measured")
 Option = float | int | bool | str
 QualityKey = tuple[str, Option]
@@ -51,9 +52,11 @@ class AdditiveTable:
     layers   layer name -> (input channels, output channels, bits) -> cost; at least one entry for every layer
     fixed    what no decision changes
     sources  layer name -> shape -> where its latency comes from
+    joint    layer name -> by what share of itself the loss by fewer bits would change if all output channels went
     """
 
     quality: Mapping[QualityKey, float] = field(default_factory=dict)
+    joint: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Mapping[Shape, LayerCost]]
     sources: Mapping[str, Mapping[Shape, Provenance]] = field(default_factory=dict)
     fixed: LayerCost = field(default_factory=LayerCost)
@@ -80,6 +83,23 @@ class AdditiveTable:
         nearest = (far + 10.0 * (known[:, 2] != bits)).argmin(axis=1)
         share = widths.prod(axis=1) / known[nearest, :2].prod(axis=1)
         return np.asarray(prices[nearest] * share[:, None], dtype=np.float64)
+
+    def share_of_bits(self, layer: Layer, outputs: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What of the layer's loss by fewer bits counts where it has so many output channels; 1 where nothing is
+        known of width and bits together. It's positive."""
+        change = self.joint.get(layer.name, 0.0) * (1.0 - outputs / layer.out_channels)
+        return np.maximum(_LEAST_SHARE, 1.0 + change)
+
+    def joint_loss(self, graph: Graph, plan: Plan, quality: Mapping[QualityKey, float]) -> float:
+        """What the bits of a plan's layers lose more (less: negative) at the plan's widths than at full width."""
+        if not self.joint:
+            return 0.0
+        total = 0.0
+        for name, (_, outputs) in plan.widths(graph).items():
+            alone = quality.get((f"bits.{name}", plan.layer_bits(name)), 0.0)
+            if name in self.joint and alone:
+                total += alone * (float(self.share_of_bits(graph.layer[name], np.array(outputs))) - 1.0)
+        return total
 
     def known(self, layer: str, shape: Shape) -> Provenance:
         """Where the layer's latency at that shape comes from: "estimated" where it is scaled from another shape."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from automl_compress.core.budget import Cost
@@ -67,6 +69,13 @@ def space_of(graph: Graph, *, sparsity: list[float] | None = None, width: list[f
         del rules[1]
     file = SpaceFile.model_validate({"name": "test", "width": width or [1.0, 0.5], "rules": rules})
     return resolve(file, graph, NATIVE)
+
+
+def every_plan(space: SearchSpace, width: float = 1.0) -> list[Plan]:
+    names = [d.name for d in space.decisions if d.name != "width"]
+    fixed = {"width": width} if "width" in space.decision else {}
+    choices = product(*(space.decision[name].options for name in names))
+    return [space.plan({**fixed, **dict(zip(names, values, strict=True))}) for values in choices]
 
 
 def table_for(space: SearchSpace, graph: Graph, seed: int = 0, *, rough: float = 0.3) -> AdditiveTable:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 
@@ -10,14 +9,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.search.decode import AdditiveTable, Decoder, additive_loss, cheapest, options_in_force, solve
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.space import SearchSpace, resolve
-from tests.search.networks import NATIVE, concatenated, depthwise, residual, space_of, table_for
-
-
-def every_plan(space: SearchSpace, width: float = 1.0) -> list[Plan]:
-    names = [d.name for d in space.decisions if d.name != "width"]
-    fixed = {"width": width} if "width" in space.decision else {}
-    choices = product(*(space.decision[name].options for name in names))
-    return [space.plan({**fixed, **dict(zip(names, values, strict=True))}) for values in choices]
+from tests.search.networks import NATIVE, concatenated, depthwise, every_plan, residual, space_of, table_for
 
 
 def within(table: AdditiveTable, graph: Graph, plan: Plan, limits: dict[str, float]) -> bool:
