@@ -1,9 +1,8 @@
 """The additive table of a space as arrays: what every choice costs and loses, for many plans at once.
 
-A *knob* is a channel group, or several that narrow the same layers in ways of which only one may be taken (heads and
-their width): its positions are the numbers of channels that it may keep. Every layer has a small table, (input width,
-output width, bits) to cost, looked up at the widths that the knobs around it leave. A block that is removed takes its
-layers and the knobs inside of it out of the sum.
+A knob's positions (`knobs`) are the numbers of channels that its groups may keep. Every layer has a small table, (input
+width, output width, bits) to cost, looked up at the widths that the knobs around it leave. A block that is removed
+takes its layers and the knobs inside of it out of the sum.
 
 Plans are rows of three integer arrays (`States`), so that sums and changes are gathers.
 """
@@ -11,27 +10,17 @@ Plans are rows of three integer arrays (`States`), so that sums and changes are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
 from automl_compress.core.graph import End, Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
+from automl_compress.search.knobs import knobs_of
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.states import NEVER, Bools, Floats, Ints, Losses, States, joined, padded, upward
 from automl_compress.search.table import ADDITIVE, AdditiveTable, QualityKey, kept_options, nearest_option
 
 _GRID = 64  # widths of one side of a layer that are told apart; above, a width is priced as the next larger one
-_POSITIONS = 256  # of a knob made of several groups
-
-
-@dataclass(frozen=True)
-class Knob:
-    """Channel groups that are set together; `kept[position]` are the channels of each."""
-
-    groups: tuple[str, ...]
-    kept: tuple[tuple[int, ...], ...]
 
 
 class TableArrays:
@@ -51,7 +40,7 @@ class TableArrays:
         self.space, self.graph, self.table, self.width = space, graph, table, width
         self.layers, self.blocks = list(graph.layers), [block.name for block in graph.blocks]
         self.options = {g.name: kept_options(space.options(f"sparsity.{g.name}"), g.size, width) for g in graph.groups}
-        self.knobs = [self._knob(names) for names in _tied(graph)]
+        self.knobs = knobs_of(graph, self.options)
         self.counts: Ints = np.array([len(knob.kept) for knob in self.knobs], dtype=np.int64)
         self.first: Ints = np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)[: len(self.knobs)]
         self.bits = [tuple(int(b) for b in space.options(f"bits.{x.name}") or (FULL_BITS,)) for x in self.layers]
@@ -175,17 +164,6 @@ class TableArrays:
         drop = np.tile(self.always, (rows, 1))
         zeros = np.zeros((rows, len(self.knobs)), dtype=np.int64)
         return States(zeros, np.zeros((rows, len(self.layers)), dtype=np.int64), drop)
-
-    def _knob(self, names: Sequence[str]) -> Knob:
-        """Positions from wide to narrow; of groups that are alternatives at most one is narrowed."""
-        allowed = []
-        for kept in product(*(sorted(self.options[name], reverse=True) for name in names)):
-            narrowed = {n for n, k in zip(names, kept, strict=True) if k < max(self.options[n])}
-            if not any(self.graph.alternatives[name] & narrowed for name in narrowed):
-                allowed.append(kept)
-        if len(allowed) > _POSITIONS:
-            allowed = [allowed[i] for i in np.linspace(0, len(allowed) - 1, _POSITIONS).round().astype(int)]
-        return Knob(tuple(names), tuple(allowed))
 
     def _index_blocks(self) -> None:
         blocks = [set(block.layers) for block in self.graph.blocks]
@@ -330,24 +308,6 @@ class TableArrays:
         self._knob_keys = padded(knob_keys, none, max((len(row) for row in knob_keys), default=1) or 1)
         self._bit_keys = padded(bit_keys, none, self.offered.shape[1])
         self._drop_keys: Ints = np.array(drop_keys, dtype=np.int64)
-
-
-def _tied(graph: Graph) -> list[list[str]]:
-    """Groups that are alternatives of each other, directly or not, together; the order is that of the graph."""
-    result: list[list[str]] = []
-    seen: set[str] = set()
-    for group in graph.groups:
-        if group.name in seen:
-            continue
-        together, waiting = [], [group.name]
-        while waiting:
-            name = waiting.pop()
-            if name not in seen:
-                seen.add(name)
-                together.append(name)
-                waiting += sorted(graph.alternatives[name])
-        result.append(sorted(together))
-    return result
 
 
 def _tied_sides(layer: Layer) -> bool:
