@@ -36,6 +36,7 @@ def normalise(model: onnx.ModelProto, graph: Graph) -> None:
     """Rewrite an exported model in place; what it computes stays the same."""
     _name_layers(model.graph, graph)
     _pool_globally(model.graph)
+    _open_hard_swish(model.graph)
     _free_reshapes(model.graph)
     _merge_slices(model.graph)
     _name_batch(model.graph)
@@ -114,6 +115,19 @@ def _pool_globally(graph: onnx.GraphProto) -> None:
         nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name))
         if pooled != node.output[0]:
             nodes.append(_squeeze(graph, pooled, node.output[0], rank))
+    set_nodes(graph, nodes)
+
+
+def _open_hard_swish(graph: onnx.GraphProto) -> None:
+    """Write a HardSwish as the product that the runtime makes of it: both factors have integer kernels."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "HardSwish":
+            nodes.append(node)
+            continue
+        gate, value = f"{node.output[0]}_gate", node.input[0]
+        nodes.append(helper.make_node("HardSigmoid", [value], [gate], name=gate, alpha=1 / 6, beta=0.5))
+        nodes.append(helper.make_node("Mul", [value, gate], [node.output[0]], name=node.name))
     set_nodes(graph, nodes)
 
 

@@ -29,6 +29,7 @@ from automl_compress.techniques.quantization.formats import (
 )
 from automl_compress.techniques.quantization.onnx_module import OnnxModule
 from automl_compress.techniques.quantization.placement import (
+    bent,
     clamp_bounds,
     data_inputs,
     place,
@@ -98,7 +99,7 @@ class FakeQuantized(OnnxModule):
             low, high = found.ranges[name]
             if name in self.placement.omitted:
                 low, high = 0.0, min(max(high, 0.0), self.placement.omitted[name])
-            scale, zero = scale_and_zero_point(low, high)
+            scale, zero = scale_and_zero_point(low, high, self.placement.bends.get(name, 0.0))
             self._values[name], self._zeros[name] = f"s{len(self._values)}", float(zero)
             self.register_parameter(self._values[name], nn.Parameter(torch.tensor(float(scale))))
         formats = layer_formats(self.view, bits, executions)
@@ -138,6 +139,8 @@ class FakeQuantized(OnnxModule):
             if node.output[0] in self.placement.shared:
                 arguments = [steps[node.input[0]], *(self.read(plain, name) for name in node.input[1:])]
                 steps.update(zip(node.output, self._moved(node, arguments), strict=False))
+            elif node.output[0] in self.placement.rescaled:
+                steps[node.output[0]] = self.run_node(node, [steps[node.input[0]]])[0]
             else:
                 carried = set(data_inputs(node)) if node.output[0] in self.placement.integer else set()
                 arguments = [steps[n] if n in carried else self._float(plain, steps, n) for n in node.input]
@@ -177,12 +180,17 @@ class FakeQuantized(OnnxModule):
     def _float(self, plain: Mapping[str, Any], steps: Mapping[str, Tensor], name: str) -> Any:
         """What a float operator reads: the value as it was made, or from its integers where only those exist."""
         source = self.placement.roots.get(name)
-        if name in self.placement.shared or (source is not None and source in self.placement.integer):
+        taken_over = name in self.placement.shared or name in self.placement.rescaled
+        if taken_over or (source is not None and source in self.placement.integer):
             return steps[name]
         return self.read(plain, name)
 
     def _scale(self, name: str) -> Tensor:
         scale: Tensor = getattr(self, self._values[name]).clamp_min(_SMALLEST)
+        bend = self.placement.bends.get(name)
+        if bend is not None:
+            whole = float(bent(float(scale.detach()), bend, most=self._zeros[name]))
+            return scale + (whole - scale).detach()
         bound = self.placement.omitted.get(name, math.inf)
         # Saturation stands for a clamp there, which must not move up.
         return scale if math.isinf(bound) else scale.clamp_max(bound / 255)

@@ -6,7 +6,9 @@
   the runtime would otherwise not find the integer kernel;
 * the output of an operator that has an integer kernel (`INTEGER_OPERATORS`) where all its inputs are already integers;
 * the output of an operator that only moves values or compares them (`MOVING_OPERATORS`): it is applied to the integers
-  themselves and shares their scale, so nothing depends on what the runtime manages to fuse.
+  themselves and shares their scale, so nothing depends on what the runtime manages to fuse;
+* a gate's factor. A hard sigmoid is a clamp of integers that are then read with another scale and zero point; it is
+  exact where its lower bend lies on a step, so its input's scale is chosen like that. A sigmoid has a table.
 
 An activation that only clamps (Relu, Clip from 0) between a layer and its Quantize node is left out: saturation at the
 zero point does the same.
@@ -32,6 +34,8 @@ MOVING_OPERATORS = frozenset(
         *("Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze"),
     }
 )
+# Integer kernels that only pay, and are only fine enough, in front of a product.
+_GATES = frozenset({"Sigmoid"})
 # Below this, the product of an activation's and a weight's scale would leave float32's normal range.
 _SMALLEST_SCALE = 1e-20
 
@@ -43,17 +47,21 @@ class Placement:
     roots     value with a scale of its own -> the value that its Quantize node reads (another one where an activation
               was left out)
     shared    value -> the value whose scale and integers it takes over (output -> input of a moving operator)
+    rescaled  output of a hard sigmoid -> its input, whose integers it takes over, clamped, at a scale of its own
+    bends     value with a scale of its own -> how far below 0 it must have a step, for the hard sigmoid that reads it
     integer   first outputs of the nodes that are to run as integer kernels
     omitted   outputs of the clamps (from 0) that saturation replaces -> the upper bound
     """
 
     roots: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    rescaled: dict[str, str] = field(default_factory=dict)
+    bends: dict[str, float] = field(default_factory=dict)
     integer: set[str] = field(default_factory=set)
     omitted: dict[str, float] = field(default_factory=dict)
 
     def quantized(self, value: str) -> bool:
-        return value in self.roots or value in self.shared
+        return value in self.roots or value in self.shared or value in self.rescaled
 
     def root(self, value: str) -> str:
         """The value whose range decides about the scale of `value`."""
@@ -124,6 +132,9 @@ def place(
                 placement.omitted.update(skipped)
         elif _moves(node, view) and placement.quantized(node.input[0]):
             placement.shared.update({value: node.input[0] for value in node.output if value})
+        elif node.op_type == "HardSigmoid" and _rescales(node, view, placement):
+            placement.rescaled[output] = node.input[0]
+            placement.bends[placement.root(node.input[0])] = bend_of(node)
         elif _runs_in_integers(node, view, placement, wanted):
             placement.roots.update({value: value for value in data_inputs(node) if not placement.quantized(value)})
             placement.integer.add(output)
@@ -163,7 +174,7 @@ def _moves(node: onnx.NodeProto, view: GraphView) -> bool:
 
 
 def _runs_in_integers(node: onnx.NodeProto, view: GraphView, placement: Placement, wanted: set[str]) -> bool:
-    if node.op_type not in INTEGER_OPERATORS:
+    if node.op_type not in INTEGER_OPERATORS and not (node.op_type in _GATES and _is_gate(node.output[0], view)):
         return False
     inputs = data_inputs(node)
     if any(value in view.initializers for value in inputs):
@@ -171,6 +182,27 @@ def _runs_in_integers(node: onnx.NodeProto, view: GraphView, placement: Placemen
     quantized = [placement.quantized(value) for value in inputs]
     # A gate or a shortcut that is still float is worth quantizing where the sum is needed in integers anyway.
     return all(quantized) or (any(quantized) and _leads_to(node.output[0], view, wanted))
+
+
+def _is_gate(value: str, view: GraphView) -> bool:
+    """Whether nothing but products reads it."""
+    users = view.users.get(value, [])
+    return bool(users) and value not in view.outputs and all(user.op_type == "Mul" for user in users)
+
+
+def _rescales(node: onnx.NodeProto, view: GraphView, placement: Placement) -> bool:
+    """Whether a hard sigmoid can be a clamp of its input's integers: their scale has to be free to suit it."""
+    if not _is_gate(node.output[0], view) or not placement.quantized(node.input[0]) or bend_of(node) <= 0:
+        return False
+    root = placement.root(node.input[0])
+    taken = placement.bends.get(root, bend_of(node)) != bend_of(node)
+    return root in placement.roots and root not in placement.omitted and not taken
+
+
+def bend_of(node: onnx.NodeProto) -> float:
+    """How far below 0 a hard sigmoid becomes 0."""
+    slope = float(attribute(node, "alpha", 0.2))
+    return float(attribute(node, "beta", 0.5)) / slope if slope > 0 else 0.0
 
 
 def _leads_to(value: str, view: GraphView, wanted: set[str]) -> bool:
@@ -187,12 +219,22 @@ def _leads_to(value: str, view: GraphView, wanted: set[str]) -> bool:
     return False
 
 
-def scale_and_zero_point(low: float, high: float) -> tuple[np.float32, np.uint8]:
+def scale_and_zero_point(low: float, high: float, bend: float = 0.0) -> tuple[np.float32, np.uint8]:
     """Scale and zero point of uint8 for [low, high], widened to contain 0 so that 0 is exact. A range of
     (nearly) 0 gets scale 1.
+
+    With a `bend` the range is widened to contain minus that, too, and the scale so that it is a whole number of steps.
     """
-    low, high = min(low, 0.0), max(high, 0.0)
+    low, high = min(low, -bend, 0.0), max(high, 0.0)
     scale = np.float32((high - low) / 255)
     if not np.isfinite(scale) or scale < _SMALLEST_SCALE:
         scale = np.float32(1.0)
+    if bend:
+        scale = bent(float(scale), bend)
     return scale, np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255))
+
+
+def bent(scale: float, bend: float, most: float = 255.0) -> np.float32:
+    """The next larger scale of which `bend` is a whole number of steps, at most `most`."""
+    # A scale that already is one must come back as it was, whatever its last bit.
+    return np.float32(bend / min(max(1.0, np.floor(bend / scale * (1 + 1e-5))), most))

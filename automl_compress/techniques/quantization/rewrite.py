@@ -19,6 +19,7 @@ from automl_compress.techniques.onnx_graph import GraphView, attribute, remove_u
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions, layer_formats
 from automl_compress.techniques.quantization.placement import (
     Placement,
+    bend_of,
     clamp_bounds,
     data_inputs,
     input_channels,
@@ -87,7 +88,10 @@ class _Rewriter:
         self.view = GraphView(graph)
         self.placement = placement
         self.formats = layer_formats(self.view, bits, executions)
-        self.scales = {value: scale_and_zero_point(*self._within(value, ranges[value])) for value in placement.roots}
+        self.scales = {
+            value: scale_and_zero_point(*self._within(value, ranges[value]), placement.bends.get(value, 0.0))
+            for value in placement.roots
+        }
         self.new: list[onnx.NodeProto] = []
         self.constants = Constants()
         self.writer = LayerWriter(self.view, self.constants, weights, draft=draft)
@@ -104,6 +108,8 @@ class _Rewriter:
                 continue
             if node.output[0] in self.placement.shared:
                 self._moving(node)
+            elif node.output[0] in self.placement.rescaled:
+                self._rescaling(node)
             else:
                 self._computing(node)
         for value in self.view.outputs:
@@ -135,7 +141,8 @@ class _Rewriter:
     def _as_float(self, value: str) -> str:
         """The name under which a float operator reads `value`: itself where a float operator or the user made it."""
         root = self.placement.roots.get(value)
-        if value not in self.placement.shared and (root is None or root not in self.placement.integer):
+        made = value in self.placement.shared or value in self.placement.rescaled
+        if not made and (root is None or root not in self.placement.integer):
             return value
         return self._dequantize(value)
 
@@ -212,6 +219,16 @@ class _Rewriter:
         elif node.op_type == "Pad" and attribute(node, "mode", b"constant") == b"constant":
             self._pad_value(copy, node)
         self.new.append(copy)
+
+    def _rescaling(self, node: onnx.NodeProto) -> None:
+        """A hard sigmoid: the input's integers between its bends, read with its slope and from its lower bend."""
+        source, output = node.input[0], node.output[0]
+        slope, low = float(attribute(node, "alpha", 0.2)), self._step(source, -bend_of(node))
+        scale = float(self.scales[self.placement.root(source)][0]) * slope
+        self.scales[output] = np.float32(scale), np.uint8(low)
+        high = self._step(source, 1 / slope - bend_of(node))
+        bounds = [self.constants.add(f"u8_{step}", np.uint8(step)) for step in (low, high)]
+        self._add("Clip", [f"{source}_q", *bounds], f"{output}_q")
 
     def _clamp(self, copy: onnx.NodeProto, node: onnx.NodeProto) -> None:
         bounds = clamp_bounds(node, self.view)

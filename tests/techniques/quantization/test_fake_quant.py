@@ -97,6 +97,23 @@ def test_scales_are_handed_over_exactly() -> None:
     assert np.array_equal(stored["b.weight_scale"], module._scales(module._layers["v2"]).detach().numpy())
 
 
+def test_a_scale_that_a_hard_sigmoid_needs_stays_one_while_it_learns() -> None:
+    model, bits = between_convs(STAYS_INTEGER["hard swish"]), dict.fromkeys("abc", 8)
+    module = FakeQuantized(model, bits, found_for(model, bits, INTEGER), INTEGER)
+    ((value, bend),) = module.placement.bends.items()
+    for factor in (0.7, 1.0, 1.37, 3.0):
+        with torch.no_grad():
+            getattr(module, module._values[value]).mul_(factor)
+        scale = float(module._scale(value).detach())
+        assert bend / scale == pytest.approx(round(bend / scale), abs=1e-4)
+        low = quantized(model, bits, module.quantization(), INTEGER)
+        stored = {i.name: onnx.numpy_helper.to_array(i) for i in low.graph.initializer}
+        assert stored[f"{value}_scale"] == np.float32(scale)
+        assert deviation(module, low, data(rows=8, seed=3)) < 0.02
+    train(module, model, steps=3)
+    assert getattr(module, module._values[value]).grad.abs() > 0
+
+
 def test_the_gradient_of_a_scale_is_that_of_the_paper() -> None:
     value = torch.tensor([0.26, -0.9, 5.0, -7.0])
     scale = torch.tensor(0.5, requires_grad=True)

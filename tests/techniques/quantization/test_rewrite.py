@@ -79,7 +79,20 @@ STAYS_INTEGER: dict[str, Callable[[Builder, str], str]] = {
     "hard tanh": lambda b, v: _clip(b, b.conv(v, "c"), -1),
     "leaky relu": lambda b, v: b.node("LeakyRelu", b.conv(v, "c"), alpha=0.1),
     "depthwise": lambda b, v: b.node("Relu", b.conv(v, "c", group=CHANNELS)),
+    "silu": lambda b, v: _gated(b, b.conv(v, "c"), "Sigmoid"),
+    "hard swish": lambda b, v: _gated(b, b.conv(v, "c"), "HardSigmoid", alpha=1 / 6, beta=0.5),
+    "steep hard swish": lambda b, v: _gated(b, b.conv(v, "c"), "HardSigmoid", alpha=0.7, beta=0.3),
+    "gate by channel": lambda b, v: b.node("Mul", v, b.node("HardSigmoid", _squeezed(b, v), alpha=1 / 6, beta=0.5)),
+    "soft gate by channel": lambda b, v: b.node("Mul", b.node("Sigmoid", _squeezed(b, v)), v),
 }
+
+
+def _gated(b: Builder, v: str, gate: str, **attributes: float) -> str:
+    return b.node("Mul", v, b.node(gate, v, **attributes))
+
+
+def _squeezed(b: Builder, v: str) -> str:
+    return b.conv(b.node("GlobalAveragePool", v), "c")
 
 
 def _clip(b: Builder, v: str, low: float) -> str:
@@ -111,6 +124,36 @@ def test_operators_between_int8_layers_stay_in_integers(name: str) -> None:
     assert operators.count("QuantizeLinear") == 1, operators
     assert operators.count("DequantizeLinear") == 1, operators
     assert not {"Conv", "Relu", "Add", "Mul", "Concat"} & set(operators)
+
+
+def test_a_hard_sigmoid_of_integers_is_exact() -> None:
+    model = between_convs(lambda b, v: _gated(b, b.conv(v, "c"), "HardSigmoid", alpha=1 / 6, beta=0.5))
+    low = quantized(model, dict.fromkeys("abc", 8))
+    (clip,) = [node for node in low.graph.node if node.op_type == "Clip"]
+    numbers = {tensor.name: numpy_helper.to_array(tensor) for tensor in low.graph.initializer}
+    (before,) = [
+        node for node in low.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == clip.input[0]
+    ]
+    (after,) = [
+        node for node in low.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == clip.output[0]
+    ]
+    integers = np.arange(256)
+    clamped = np.clip(integers, *(int(numbers[name]) for name in clip.input[1:]))
+    read, gate = (
+        (each - float(numbers[node.input[2]])) * float(numbers[node.input[1]])
+        for each, node in ((integers, before), (clamped, after))
+    )
+    assert_allclose(gate, np.clip(read / 6 + 0.5, 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["Sigmoid", "HardSigmoid"])
+def test_probabilities_that_are_an_output_are_not_rounded_to_eight_bits(gate: str) -> None:
+    b = Builder()
+    v = b.node("Relu", b.conv("x", "a"))
+    model = b.model(b.node(gate, b.conv(v, "b")))
+    low = quantized(model, dict.fromkeys("ab", 8))
+    assert gate in executed(low)
+    assert set(activation_tensors(model, {"b": 8})) == {v, "v2"}
 
 
 def test_every_mixture_of_bits_executes_as_asked() -> None:
