@@ -128,11 +128,6 @@ def check_quantized(
     return deviation
 
 
-def top1_agreement(outputs: np.ndarray, expected: np.ndarray) -> float:
-    """Fraction of samples, shape [batch, classes], for which both have the same highest class."""
-    return float((outputs.argmax(1) == expected.argmax(1)).mean())
-
-
 def metric_of(model: OnnxModel, batches: Iterable[Batch], metric: Callable[[Tensor, Tensor], float]) -> float:
     """The metric's mean over `batches` of (inputs, target), each weighted by its number of samples.
 

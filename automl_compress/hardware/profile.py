@@ -118,11 +118,6 @@ class DeviceProfile:
             for bits, rule in rules.items()
         }
 
-    def integer_operator(self, kind: str, bits: int) -> tuple[str, ...]:
-        """The executed operators, any of them, that prove a layer runs at that width; empty if it isn't native."""
-        rules = self._operators(kind)
-        return rules[bits].operators if bits in rules and rules[bits].execution == "native" else ()
-
     def alignment(self, kind: str, bits: int) -> int | None:
         """The multiple of channels that the fast layout wants; None where it isn't known."""
         rules = self._operators(kind)

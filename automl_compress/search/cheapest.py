@@ -112,7 +112,7 @@ class _Hunt:
         allotment = self.climber.allot(0, baselines=self._beside, looks=looks)
         found = [self.climber.climb(leg, plans, allotment)]
         if self.looks == 1:
-            simple = self.climber.baselines(self.campaign, allotment, optimum=False)
+            simple = self.climber.baselines(self.campaign, allotment)
             found += within_budget(self.campaign, simple)
         self.edge.lost = self._one_shot_losses()
         self._add(found, at=share)

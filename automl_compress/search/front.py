@@ -51,7 +51,7 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
     trials = max(_FEWEST_TRIALS, int(settings.options["trials"]) // front.points)
     beside = len(baseline_plans(campaign, optimum=False))
     allotment = climber.allot(trials * front.points, baselines=beside, looks=front.points)
-    beaten = climber.baselines(campaign, allotment, optimum=False)
+    beaten = climber.baselines(campaign, allotment)
     points: list[Point] = []
     shares = _shares(campaign, what, front.points)
     for number, share in enumerate(shares):

@@ -15,7 +15,6 @@ from automl_compress.deploy.verify import (
     check_float,
     executed_operators,
     metric_of,
-    top1_agreement,
     torch_outputs,
 )
 from automl_compress.errors import ExportError
@@ -91,10 +90,6 @@ def test_the_metric_is_weighted_by_samples(weight: np.ndarray, twin: nn.Module) 
     assert metric_of(OnnxModel(linear_model(weight)), batches, accuracy) == pytest.approx(accuracy(twin(x), y))
     with pytest.raises(ExportError, match="no samples"):
         metric_of(OnnxModel(linear_model(weight)), [], accuracy)
-
-
-def test_top1_agreement_counts_samples() -> None:
-    assert top1_agreement(np.eye(4), np.eye(4)[[0, 1, 2, 0]]) == 0.75
 
 
 @pytest.mark.parametrize("operator", ["Gemm", "MatMul"])

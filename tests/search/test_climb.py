@@ -116,7 +116,7 @@ def test_without_a_limit_everything_is_as_asked(hand: Hand, monkeypatch: pytest.
     found = climber(hand, monkeypatch, limit=None)
     allotment = found.allot(100, baselines=2)
     assert (allotment.exploring, allotment.epochs, allotment.baseline_epochs) == (None, 3.0, 3.0)
-    assert set(found.baselines(found.campaign, allotment)) == {"uniform-int8", "milp"}
+    assert set(found.baselines(found.campaign, allotment)) == {"uniform-int8"}
     assert found.campaign.clock.cuts == []
 
 

@@ -50,14 +50,6 @@ def corrected_bias(weight: Array, found: QuantizedWeight, bias: Array, moments: 
     return np.asarray(bias - shift, np.float32)
 
 
-def output_error(weight: Array, found: QuantizedWeight, moments: InputMoments) -> float:
-    """Mean squared error of the layer's outputs."""
-    error = np.split((found.values() - weight).astype(np.float64), len(moments.gram))
-    return float(
-        sum(((part @ gram) * part).sum() for part, gram in zip(error, moments.gram, strict=True)) / len(weight)
-    )
-
-
 def _group(weight: Matrix, bits: int, form: Format, gram: Matrix) -> QuantizedWeight:
     gram = gram.copy()
     dead = np.diag(gram) <= 0
