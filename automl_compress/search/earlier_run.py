@@ -40,7 +40,7 @@ _UNFINISHED = ".training"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class EarlierRun:
     """An earlier run, as its folder tells it. `options`: with which it was started; `identity`: what it belongs to."""
 
     folder: Path
@@ -171,7 +171,7 @@ def _copy(source: Path, target: Path) -> None:
         draft.replace(target)
 
 
-def read_run(folder: Path) -> Known:
+def read_run(folder: Path) -> EarlierRun:
     """What a run folder knows. Raises RunFolderError where it isn't one."""
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such run folder")
@@ -184,7 +184,7 @@ def read_run(folder: Path) -> Known:
         raise RunFolderError(f"{folder} is not a run's folder: it has no {Path(error.filename).name}") from error
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise RunFolderError(f"{folder}: can't be read as a run ({error})") from error
-    return Known(folder=folder, options={**options, "device": address}, identity=identity, space=space)
+    return EarlierRun(folder=folder, options={**options, "device": address}, identity=identity, space=space)
 
 
 _INHERITED = (
@@ -203,7 +203,9 @@ _INHERITED = (
 _FEWER_TRIALS = 4
 
 
-def rebudgeted(known: Known, task: Task | str | None, asked: Mapping[str, Any]) -> tuple[Task | str, dict[str, Any]]:
+def rebudgeted(
+    known: EarlierRun, task: Task | str | None, asked: Mapping[str, Any]
+) -> tuple[Task | str, dict[str, Any]]:
     """Task and options of a run that asks for something else; a quarter of the trials unless said otherwise.
 
     Raises InputError where the run's task was an object and none is given.
