@@ -7,6 +7,7 @@
 * the output of an operator that has an integer kernel (`INTEGER_OPERATORS`) where all its inputs are already integers;
 * the output of an operator that only moves values or compares them (`MOVING_OPERATORS`): it is applied to the integers
   themselves and shares their scale, so nothing depends on what the runtime manages to fuse;
+* a batch-norm between integers and an int8 convolution, as a convolution of every channel for itself;
 * a gate's factor. A hard sigmoid is a clamp of integers that are then read with another scale and zero point; it is
   exact where its lower bend lies on a step, so its input's scale is chosen like that. A sigmoid has a table.
 
@@ -173,7 +174,20 @@ def _moves(node: onnx.NodeProto, view: GraphView) -> bool:
     return True
 
 
+def convolution_behind(value: str, view: GraphView) -> onnx.NodeProto | None:
+    """A convolution that reads the value, clamps between them apart."""
+    behind, _ = _behind_clamp(value, view)
+    return next(
+        (user for user in view.users.get(behind, []) if user.op_type == "Conv" and user.input[0] == behind), None
+    )
+
+
 def _runs_in_integers(node: onnx.NodeProto, view: GraphView, placement: Placement, wanted: set[str]) -> bool:
+    if node.op_type == "BatchNormalization":
+        convolution = convolution_behind(node.output[0], view)
+        constant = all(name in view.initializers for name in node.input[1:]) and len(node.output) == 1
+        needed = convolution is not None and convolution.input[0] in wanted
+        return constant and needed and placement.quantized(node.input[0])
     if node.op_type not in INTEGER_OPERATORS and not (node.op_type in _GATES and _is_gate(node.output[0], view)):
         return False
     inputs = data_inputs(node)

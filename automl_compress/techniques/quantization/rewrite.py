@@ -21,6 +21,7 @@ from automl_compress.techniques.quantization.placement import (
     Placement,
     bend_of,
     clamp_bounds,
+    convolution_behind,
     data_inputs,
     input_channels,
     place,
@@ -191,6 +192,12 @@ class _Rewriter:
         if form == "integer":
             scale = self.scales[self.placement.root(node.input[0])][0]
             self.new += self.writer.integer(node, bits, inputs, float(scale))
+        elif integer and node.op_type == "BatchNormalization":
+            convolution = convolution_behind(node.output[0], self.view)
+            assert convolution is not None  # or the placement would have left it in floating point
+            rank = len(self.view.initializers[convolution.input[1]].dims)
+            scale = self.scales[self.placement.root(node.input[0])][0]
+            self.new += self.writer.affine(node, rank, inputs[0], float(scale))
         elif form == "blocks":
             self.new += self.writer.blocks(node, bits, inputs)
         else:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from automl_compress.errors import InputError
-from automl_compress.techniques.onnx_graph import WEIGHT_SUFFIX, GraphView, layer_of
+from automl_compress.techniques.onnx_graph import WEIGHT_SUFFIX, GraphView, attribute, layer_of
 from automl_compress.techniques.quantization.formats import Format, fused_first, weight_axis
 from automl_compress.techniques.quantization.weights import Array, QuantizedWeight, limits, nearest, packed
 
@@ -65,9 +65,31 @@ class LayerWriter:
         """The layer between Dequantize nodes of weight and bias, which the runtime makes one integer kernel of."""
         weight, axis = self._weight(node)
         bias = self._view.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        found = _with_room(
-            self._quantized(node, weight, axis, bits, "integer"), as_matrix(weight, axis), bias, input_scale
-        )
+        found = self._quantized(node, weight, axis, bits, "integer")
+        return self._integer(node, weight, axis, bias, found, inputs[0], input_scale)
+
+    def affine(self, node: onnx.NodeProto, rank: int, source: str, input_scale: float) -> list[onnx.NodeProto]:
+        """A batch-norm as a convolution of every channel alone: an integer and a scale hold its one weight exactly."""
+        parameters = [self._view.constant(name) for name in node.input[1:5]]
+        scale, shift, mean, variance = (np.asarray(each, np.float64) for each in parameters)
+        factor = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+        weight = factor.astype(np.float32).reshape(-1, *[1] * (rank - 1))
+        bias = (shift - mean * factor).astype(np.float32)
+        convolution = helper.make_node("Conv", node.input[:1], node.output[:1], name=node.name, group=len(factor))
+        found = nearest(as_matrix(weight, 0), 8, "integer")
+        return self._integer(convolution, weight, 0, bias, found, source, input_scale)
+
+    def _integer(
+        self,
+        node: onnx.NodeProto,
+        weight: np.ndarray,
+        axis: int,
+        bias: np.ndarray | None,
+        found: QuantizedWeight,
+        source: str,
+        input_scale: float,
+    ) -> list[onnx.NodeProto]:
+        found = _with_room(found, as_matrix(weight, axis), bias, input_scale)
         new: list[onnx.NodeProto] = []
         unpacked = self._integers(node, found, weight.shape, axis, new, TensorProto.INT8)
         count = len(found.scales)
@@ -75,7 +97,7 @@ class LayerWriter:
         scales = self._constants.add(f"{node.name}.weight_scale", found.scales)
         name = f"{node.name}.weight_dq"
         new.append(helper.make_node("DequantizeLinear", [unpacked, scales, zeros], [name], name=name, axis=axis))
-        layer_inputs = [inputs[0], name]
+        layer_inputs = [source, name]
         if bias is not None:
             layer_inputs.append(self._bias(node, bias, found.scales, input_scale, new))
         return [*new, _with_inputs(node, layer_inputs)]

@@ -79,12 +79,20 @@ STAYS_INTEGER: dict[str, Callable[[Builder, str], str]] = {
     "hard tanh": lambda b, v: _clip(b, b.conv(v, "c"), -1),
     "leaky relu": lambda b, v: b.node("LeakyRelu", b.conv(v, "c"), alpha=0.1),
     "depthwise": lambda b, v: b.node("Relu", b.conv(v, "c", group=CHANNELS)),
+    "batch norm": lambda b, v: b.node("Relu", _batch_norm(b, b.node("Add", b.conv(v, "c"), v))),
     "silu": lambda b, v: _gated(b, b.conv(v, "c"), "Sigmoid"),
     "hard swish": lambda b, v: _gated(b, b.conv(v, "c"), "HardSigmoid", alpha=1 / 6, beta=0.5),
     "steep hard swish": lambda b, v: _gated(b, b.conv(v, "c"), "HardSigmoid", alpha=0.7, beta=0.3),
     "gate by channel": lambda b, v: b.node("Mul", v, b.node("HardSigmoid", _squeezed(b, v), alpha=1 / 6, beta=0.5)),
     "soft gate by channel": lambda b, v: b.node("Mul", b.node("Sigmoid", _squeezed(b, v)), v),
 }
+
+
+def _batch_norm(b: Builder, v: str) -> str:
+    random = np.random.default_rng(3)
+    numbers = {"scale": random.normal(size=CHANNELS), "shift": random.normal(size=CHANNELS)}
+    numbers |= {"mean": random.normal(size=CHANNELS), "variance": random.uniform(0.5, 2, CHANNELS)}
+    return b.node("BatchNormalization", v, *(b.constant(k, x.astype(np.float32)) for k, x in numbers.items()))
 
 
 def _gated(b: Builder, v: str, gate: str, **attributes: float) -> str:
