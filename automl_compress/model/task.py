@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from automl_compress.errors import TaskError
+from automl_compress.errors import CompressError, TaskError
 from automl_compress.model.transfer import Transfer, with_new_head
 
 Inputs = tuple[Tensor, ...]
@@ -85,8 +85,11 @@ class Task:
         return value
 
     def batches(self, split: str) -> Iterator[Batch]:
-        """The batches of 'train', 'validation' or 'test' in their own order, as (tuple of inputs, targets)."""
-        for number, batch in enumerate(getattr(self, split)):
+        """The batches of 'train', 'validation' or 'test' in their own order, as (tuple of inputs, targets).
+
+        Raises TaskError where reading fails or yields something else.
+        """
+        for number, batch in enumerate(_reading(getattr(self, split), split)):
             yield _as_batch(batch, split, number)
 
 
@@ -239,14 +242,25 @@ def _loader(data: Any, split: str, *, shuffle: bool = False) -> Iterable[Any]:
     return data
 
 
+def _reading(data: Iterable[Any], split: str) -> Iterator[Any]:
+    """What the user's data yield; what they raise as one line."""
+    iterator: Iterator[Any] | None = None
+    while True:
+        try:
+            iterator = iter(data) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except CompressError:
+            raise
+        except Exception as error:
+            raise TaskError(f"task: reading {split} data raised {type(error).__name__}: {error}") from error
+        yield batch
+
+
 def _first(task: Task, split: str) -> Batch:
-    try:
-        for batch in task.batches(split):
-            return batch
-    except TaskError:
-        raise
-    except Exception as error:
-        raise TaskError(f"task: reading {split} data raised {type(error).__name__}: {error}") from error
+    for batch in task.batches(split):
+        return batch
     raise TaskError(f"task: {split} data is empty: its loader yields no batch")
 
 
@@ -270,19 +284,7 @@ def _as_batch(batch: Any, split: str, number: int) -> Batch:
 
 
 def _check_forward(task: Task) -> None:
-    training = task.model.training
-    task.model.eval()
-    try:
-        with torch.no_grad():
-            outputs = task.model(*task.example_inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in task.example_inputs)
-        raise TaskError(
-            f"task: the model's forward fails on the example input {shapes}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-    finally:
-        task.model.train(training)
+    outputs = checked_forward(task.model, task.example_inputs, "the example input")
     if not task.classifies:
         return
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
@@ -290,6 +292,23 @@ def _check_forward(task: Task) -> None:
         raise TaskError(f"task: classification needs outputs [batch, classes], found {found}; give a loss and a metric")
     for split in ("train", "validation"):
         check_labels(_first(task, split)[1], int(outputs.shape[1]), split)
+
+
+def checked_forward(model: nn.Module, inputs: Inputs, what: str) -> Any:
+    """The model's outputs in eval mode. Raises TaskError, which says what the inputs are, where it fails on them."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(part.shape)) for part in inputs)
+        raise TaskError(
+            f"task: the model's forward fails on {what} {shapes}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    finally:
+        model.train(training)
 
 
 def check_labels(targets: Tensor, classes: int, split: str) -> None:

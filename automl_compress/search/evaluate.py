@@ -22,7 +22,7 @@ from automl_compress.deploy.export import Template
 from automl_compress.deploy.runtime import OnnxModel
 from automl_compress.errors import TaskError
 from automl_compress.model.surgery import copy_model
-from automl_compress.model.task import Inputs, Task, check_labels
+from automl_compress.model.task import Inputs, Task, check_labels, checked_forward
 from automl_compress.search.student import REPAIR_SAMPLES, Outputs, Students, distance
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
 from automl_compress.techniques.quantization.calibrate import activation_tensors
@@ -64,7 +64,12 @@ class Workbench:
     def _train(self) -> list[tuple[Inputs, Tensor]]:
         """Training samples for calibration, batch by batch, at most TRAIN_SAMPLES."""
         torch.manual_seed(self.seed)
-        return _limited(self.task, "train", TRAIN_SAMPLES)
+        found = _limited(self.task, "train", TRAIN_SAMPLES)
+        # Everything that runs on these samples takes for granted that the model can.
+        shapes = {tuple(part.shape[1:] for part in inputs): inputs for inputs, _ in found}
+        for inputs in shapes.values():
+            checked_forward(self.teacher, tuple(part[:1] for part in inputs), "a train input")
+        return found
 
     @property
     def samples(self) -> list[Inputs]:
@@ -237,8 +242,10 @@ def _limited(task: Task, split: str, samples: int) -> list[tuple[Inputs, Tensor]
     """The first batches of a split, in float32 on the CPU, up to a number of samples."""
     result: list[tuple[Inputs, Tensor]] = []
     left = samples
-    for inputs, targets in task.batches(split):
+    for number, (inputs, targets) in enumerate(task.batches(split)):
         rows = tuple(_plain(part[:left]) for part in inputs)
+        if any(part.is_floating_point() and bool(part.isnan().any()) for part in rows):
+            raise TaskError(f"task: {split} batch {number} has NaN among its inputs; leave such samples out")
         result.append((rows, targets[:left].cpu()))
         left -= len(targets)
         if left <= 0:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -139,3 +142,33 @@ def test_head_takes_exactly_so_many_rows() -> None:
     for samples in (0, 3, 5, 7, 15, 99):
         rows = [row for (part,) in head(batches, samples) for row in part.tolist()]
         assert rows == list(range(min(samples, 15)))
+
+
+def test_training_samples_that_the_model_cannot_run_on_are_named_before_anything_is_made_of_them() -> None:
+    (images,), classes = next(campaigns.ready().batches("train"))
+    strange = images.repeat(1, 3, 1, 1)
+    train = [(images, classes), (strange, classes)]
+    bench = Workbench(replace(campaigns.ready(), train=train), campaigns.graph())
+    with pytest.raises(TaskError, match=r"forward fails on a train input \(1, 3, 8, 8\): RuntimeError"):
+        _ = bench.samples
+
+
+def test_training_data_that_fail_while_they_are_read_are_named() -> None:
+    (images,), classes = next(campaigns.ready().batches("train"))
+
+    class Failing:
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            yield images[:8], classes[:8]
+            raise OSError("gone")
+
+    bench = Workbench(replace(campaigns.ready(), train=Failing()), campaigns.graph())
+    with pytest.raises(TaskError, match="reading train data raised OSError: gone"):
+        _ = bench.samples
+
+
+def test_samples_that_are_no_numbers_are_named() -> None:
+    (images,), classes = next(campaigns.ready().batches("train"))
+    train = [(images, classes), (images * float("nan"), classes)]
+    bench = Workbench(replace(campaigns.ready(), train=train), campaigns.graph())
+    with pytest.raises(TaskError, match="train batch 1 has NaN among its inputs"):
+        _ = bench.samples

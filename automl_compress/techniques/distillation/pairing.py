@@ -18,7 +18,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.model.surgery import kept_indices
 
 # Of the layers that read one resolution (tokens are one), every so many is compared, at most so many.
-_EVERY, _AT_MOST = 12, 4
+_EVERY, _AT_MOST = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class Pair:
 
 def pair_layers(graph: Graph, plan: Plan, model: nn.Module) -> tuple[Pair, ...]:
     """The pairs of a student that was cut from `model` by a plan with selected channels: for each resolution the last
-    layer that reads it, and where there are many, some before it.
+    layer that reads it, and some before it. A cut is made all along the depth, and what it did is learned faster where
+    it was done than from the end of the network (`benchmarks/RESULTS.md`).
 
     Left out are layers that read the model's input, that removed blocks contain, that the model's own code calls (only
     standard modules tell what they read), and convolutions whose groups lost channels inside.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from automl_compress.errors import CompressError, TaskError, TrainingError
+from automl_compress.errors import TaskError
 from automl_compress.model.task import Batch, Task
 from automl_compress.techniques.training import randomness
 
@@ -31,7 +31,7 @@ class Batches:
         self._read = self._used = self._digest = self._largest = 0
 
     def next(self) -> Batch:
-        """The next batch. Raises TaskError for data that yields nothing, TrainingError where reading it fails."""
+        """The next batch. Raises TaskError for data that yields nothing, or where reading it fails."""
         while True:
             if self._iterator is None:
                 self._begin()
@@ -82,10 +82,6 @@ class Batches:
             batch = next(self._iterator)
         except StopIteration:
             return None
-        except CompressError:
-            raise
-        except Exception as error:
-            raise TrainingError(f"reading train data raised {type(error).__name__}: {error}") from error
         self._read += 1
         self._digest = zlib.crc32(_bytes(batch[1]), self._digest)
         return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from automl_compress.model.task import Task, prepare
 from automl_compress.techniques.distillation.losses import parse_losses
-from automl_compress.techniques.distillation.mixing import mixable, mixed
+from automl_compress.techniques.distillation.mixing import mixable, mixed, shares_of_own
 from automl_compress.techniques.distillation.objective import Distillation
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -38,12 +39,16 @@ def task(inputs: Any = IMAGES, **changes: Any) -> Task:
 
 
 @pytest.mark.parametrize(("share", "clean"), [(0.5, 8), (0.25, 12), (0.99, 2), (0.0, 16)])
-def test_the_last_rows_are_mixtures_of_two(share: float, clean: int) -> None:
+def test_the_last_rows_are_mixtures_of_two_pasted_then_blended(share: float, clean: int) -> None:
     torch.manual_seed(1)
     (found,), kept = mixed((IMAGES,), share)
     assert kept == clean
     assert torch.equal(found[:clean], IMAGES[:clean])
     for row in range(clean, 16):
+        if row < clean + (16 - clean) // 2:
+            own = found[row] == IMAGES[row]
+            assert any(torch.equal(torch.where(own, IMAGES[row], other), found[row]) for other in IMAGES)
+            continue
         # What has to be added to the row lies along the way to one other row.
         ways = torch.stack([other - IMAGES[row] for other in IMAGES]).flatten(1)
         step = (found[row] - IMAGES[row]).flatten()
@@ -52,6 +57,19 @@ def test_the_last_rows_are_mixtures_of_two(share: float, clean: int) -> None:
         nearest = int(misses.argmin())
         assert misses[nearest] < 1e-4
         assert -1e-4 <= along[nearest] <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("sizes", [(32,), (32, 32), (8, 16, 16)])
+def test_a_box_is_whole_inside_and_has_its_share_of_the_positions(sizes: tuple[int, ...]) -> None:
+    own, corner = torch.tensor([0.0, 0.3, 0.75, 1.0] * 2), torch.rand(8, len(sizes), generator=GENERATOR)
+    weight = shares_of_own(own, corner, sizes)
+    assert weight.shape == (8, 1, *sizes)
+    for row, share in enumerate([0.0, 0.3, 0.75, 1.0]):
+        box = weight[row, 0] == 0
+        spans = [box.any(dim=tuple(d for d in range(len(sizes)) if d != dim)).nonzero() for dim in range(len(sizes))]
+        assert int(box.sum()) == prod(int(s.max() - s.min()) + 1 if len(s) else 0 for s in spans)
+        assert float(weight[row].mean()) == pytest.approx(share, abs=0.05)
+    assert torch.equal(weight[4:], own[4:].reshape(4, *(1 for _ in range(1 + len(sizes)))).expand(4, 1, *sizes))
 
 
 def test_all_inputs_of_a_row_are_mixed_alike() -> None:
@@ -82,7 +100,7 @@ def test_teacher_and_student_see_the_same_mixtures_and_true_labels_count_for_the
     seen = student.seen[-1]
     assert torch.equal(seen, teacher.seen[-1])
     assert torch.equal(seen[:8], IMAGES[:8])
-    assert not torch.isclose(seen[8:], IMAGES[8:]).all(dim=-1).any()
+    assert not any(torch.equal(seen[row], IMAGES[row]) for row in range(8, 16))
     wanted = functional.cross_entropy(student(IMAGES[:8]), LABELS[:8])
     torch.testing.assert_close(loss.parts["task"], wanted.detach())
 

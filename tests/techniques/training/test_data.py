@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from automl_compress.errors import TaskError, TrainingError
+from automl_compress.errors import TaskError
 from tests.techniques.training.support import X, Y, fit, net, task
 
 
@@ -41,7 +41,7 @@ def test_loaders_without_a_length_are_counted() -> None:
 
 
 def test_data_that_fails_or_runs_dry_later_is_named() -> None:
-    with pytest.raises(TrainingError, match="train data raised OSError: gone"):
+    with pytest.raises(TaskError, match="train data raised OSError: gone"):
         fit(net(), task(train=Fickle(OSError("gone"))), epochs=9)
     with pytest.raises(TaskError, match="empty"):
         fit(net(), task(train=Fickle([])), epochs=9)
