@@ -131,7 +131,9 @@ class LayerWriter:
             self._constants.add(f"{node.name}.weight_scale", np.ascontiguousarray(found.scales.T)),
             self._constants.add_tensor(packed(f"{node.name}.weight_zero", found.zeros.T, bits, signed=False)),
         ]
-        chain = [("MatMul", [inputs[0], name], node.name)]
+        # A product of two dequantized values is none that the fusion takes.
+        apart = [("Sum", [inputs[0]], f"{node.name}/input")] if inputs[0] != node.input[0] else []
+        chain = [*apart, ("MatMul", ["" if apart else inputs[0], name], node.name)]
         if spare:
             ends = self._constants.add(f"int_{outputs}", np.array([outputs], np.int64))
             zero, last = (self._constants.add(f"int_{i}".replace("-", "m"), np.array([i], np.int64)) for i in (0, -1))

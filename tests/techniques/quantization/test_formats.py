@@ -58,6 +58,19 @@ def test_weight_only_products_are_fused(bits: int, shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("outputs", [10, 32])
+def test_weight_only_products_are_fused_behind_integer_layers(bits: int, outputs: int) -> None:
+    b = Builder()
+    pooled = b.node("Flatten", b.node("GlobalAveragePool", b.node("Relu", b.conv("x", "a", out=64))))
+    model = b.model(b.gemm(pooled, "b", 64, outputs))
+    low = low_bits(model, {"a": 8, "b": bits}, ALL | {("conv", 8): "native"}, data())
+    assert executed(low).count("MatMulNBits") == 1
+    assert executed(low).count("DequantizeLinear") == 1
+    assert not {"MatMul", "Gemm"} & set(executed(low))
+    assert deviation(model, low, data(seed=2)) < TOLERANCE[bits]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("outputs", [1, 10, 11, 12])
 def test_weight_only_products_of_any_width_compute_what_is_written(bits: int, outputs: int) -> None:
     """The runtime itself confuses 2-bit columns when their number isn't a multiple of 4."""
