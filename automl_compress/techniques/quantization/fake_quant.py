@@ -19,7 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, layer_of
+from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, attribute, layer_of
 from automl_compress.techniques.quantization.formats import (
     DEFAULT_EXECUTIONS,
     Executions,
@@ -37,7 +37,7 @@ from automl_compress.techniques.quantization.placement import (
 )
 from automl_compress.techniques.quantization.storage import as_matrix
 from automl_compress.techniques.quantization.tune import Quantization, with_tensors
-from automl_compress.techniques.quantization.weights import QuantizedWeight, limits, nearest
+from automl_compress.techniques.quantization.weights import QuantizedWeight, limits, nearest, positive
 
 _SMALLEST = 1e-12
 
@@ -147,6 +147,8 @@ class FakeQuantized(OnnxModule):
                 if self.watcher is not None and node.op_type in LAYER_OPERATORS:
                     self.watcher(layer_of(node.name), arguments[0])
                 self._replace_weights(node, arguments)
+                if node.op_type == "BatchNormalization" and carried:
+                    self._round_shift(node, arguments)
                 for name, value in zip(node.output, self.run_node(node, arguments), strict=False):
                     plain[name] = value
                     if name in self.placement.roots:
@@ -230,6 +232,14 @@ class FakeQuantized(OnnxModule):
         if entry.form == "integer" and len(arguments) > 2 and arguments[2] is not None:
             unit = self._scale(self.placement.root(node.input[0])).detach() * scale[:, 0].detach()
             arguments[2] = straight(arguments[2] / unit) * unit
+
+    def _round_shift(self, node: onnx.NodeProto, arguments: list[Any]) -> None:
+        """A batch-norm in integers has one bias a channel, in units of its input's scale times its factor's."""
+        _, scale, shift, mean, variance = arguments
+        factor = scale / torch.sqrt(variance + attribute(node, "epsilon", 1e-5))
+        step = torch.from_numpy(positive(factor.detach().abs().double().numpy() / limits(8)[1]))
+        unit = self._scale(self.placement.root(node.input[0])).detach() * step
+        arguments[2], arguments[3] = straight((shift - mean * factor) / unit) * unit, torch.zeros_like(mean)
 
     def _weight_scale(self, entry: _Layer, matrix: Tensor) -> tuple[Tensor, Tensor | float]:
         """Scale and zero point of each number of a weight [outputs, inputs]."""

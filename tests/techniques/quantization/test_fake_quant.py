@@ -47,6 +47,16 @@ def test_it_computes_what_the_file_says(name: str) -> None:
     assert deviation(module, quantized(model, bits, found, INTEGER), data(rows=8, seed=3)) < 0.02
 
 
+def test_the_bias_of_a_batch_norm_is_rounded_as_in_the_file() -> None:
+    model, bits = between_convs(STAYS_INTEGER["batch norm"]), dict.fromkeys("abc", 8)
+    found = found_for(model, bits, INTEGER)
+    module, low, x = FakeQuantized(model, bits, found, INTEGER), quantized(model, bits, found, INTEGER), data(rows=64)
+    with torch.no_grad():
+        difference = np.abs(module(torch.from_numpy(x)).numpy() - run(low, x, optimize=False))
+    # Of 32,768 outputs ties are few; a bias that is off by half a unit moves ten times as many.
+    assert (difference > 1e-3).mean() < 2e-3
+
+
 @pytest.mark.parametrize(
     "bits",
     [
