@@ -31,7 +31,7 @@ from automl_compress.search.front import front_models
 from automl_compress.search.ladder import read_plan, rebuild, stored_quantization, student_width
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
-from automl_compress.search.settings import DEFAULT_TRIALS, default_folder, effective_config, make_settings
+from automl_compress.search.settings import DEFAULT_TRIALS, DEFAULTS, default_folder, effective_config, make_settings
 from automl_compress.search.standard import standard_models
 from automl_compress.search.study import trial_counts
 from automl_compress.techniques.distillation.losses import DEFAULT
@@ -94,32 +94,8 @@ def compress(
     Returns a Result with status 'met', 'estimated' (a profile whose device isn't here: nothing was measured on it) or
     'infeasible'. Raises CompressError, with one line that says what to do.
     """
+    settings = make_settings(task, **{name: value for name, value in locals().items() if name in DEFAULTS})
     progress = progress or SilentProgress()
-    settings = make_settings(
-        task,
-        latency=latency,
-        size=size,
-        memory=memory,
-        max_drop=max_drop,
-        min_metric=min_metric,
-        front=front,
-        minimise=minimise,
-        profile=profile,
-        device=device,
-        space=space,
-        trials=trials,
-        epochs=epochs,
-        timeout=timeout,
-        seed=seed,
-        sampler=sampler,
-        max_failed=max_failed,
-        distillation=distillation,
-        recovery=recovery,
-        students=students,
-        baselines=baselines,
-        weights=weights,
-        storage=storage,
-    )
     folder = Path(output) if output else default_folder(task_name(task), settings)
     known = read_run(Path(reuse)) if reuse else None
     lend = known.lend_transferred if known is not None else lambda _: None

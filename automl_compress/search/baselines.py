@@ -86,11 +86,10 @@ class Baselines:
         return {name: found for name, found in self.candidates.items() if name in self.distilled}
 
 
-def check_effort(effort: str) -> str:
+def check_effort(effort: str) -> None:
     """Raises InputError for anything but 'quick', 'full' or 'none'."""
     if effort not in EFFORTS:
         raise InputError(f"unknown baselines {effort!r}: use one of {', '.join(EFFORTS)}")
-    return effort
 
 
 def compare(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from automl_compress import __version__
-from automl_compress.core.budget import Limit, parse_budget, share_of
+from automl_compress.core.budget import METRICS, Limit, parse_budget, share_of
 from automl_compress.core.goal import Front, Goal, parse_aim
 from automl_compress.errors import InputError
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
@@ -23,14 +23,25 @@ from automl_compress.techniques.training.settings import Training
 
 DEFAULT_TRIALS = 100
 DEFAULT_EPOCHS = 3.0
-_PLAIN: dict[str, Any] = {
+DEFAULTS: Mapping[str, Any] = {
+    **dict.fromkeys(("latency", "size", "memory", "max_drop", "min_metric", "front", "minimise")),
     "profile": "local",
     "device": "local",
     "space": "cnn",
     "seed": 0,
     "sampler": "budget",
     "storage": None,
+    "trials": DEFAULT_TRIALS,
+    "epochs": DEFAULT_EPOCHS,
+    "timeout": None,
+    "max_failed": 0.5,
+    "distillation": DEFAULT,
+    "recovery": DEFAULT_MODE,
+    "students": None,
+    "baselines": QUICK,
+    "weights": None,
 }
+"""The options of `api.compress` that decide what a run does."""
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
 
@@ -95,57 +106,29 @@ class Settings:
         return parse_losses(self.options["distillation"])
 
 
-def make_settings(
-    task: Any,
-    *,
-    latency: str | None = None,
-    size: str | None = None,
-    memory: str | None = None,
-    max_drop: str | None = None,
-    min_metric: str | float | None = None,
-    front: int | None = None,
-    minimise: str | None = None,
-    trials: int | None = None,
-    epochs: float | None = None,
-    timeout: float | None = None,
-    max_failed: float = 0.5,
-    distillation: str = DEFAULT,
-    recovery: str = DEFAULT_MODE,
-    students: str | None = None,
-    baselines: str = QUICK,
-    weights: Any = None,
-    **others: Any,
-) -> Settings:
-    """The settings behind the options of `api.compress`, defaults filled in. Raises InputError for nonsense."""
-    unknown = sorted(set(others) - set(_PLAIN))
+def make_settings(task: Any, **asked: Any) -> Settings:
+    """The settings behind options of `api.compress`, those of DEFAULTS, filled in. Raises InputError for nonsense."""
+    unknown = sorted(set(asked) - set(DEFAULTS))
     if unknown:
         raise InputError(f"unknown option {unknown[0]!r}: see the arguments of `compress`")
-    aim = parse_aim(max_drop, min_metric, front, minimise)
-    limits = parse_budget(latency, size, memory, required=aim is None)
-    parse_losses(distillation)
-    check_mode(recovery)
-    parse_students(students)
-    if not 0 <= max_failed <= 1:
-        raise InputError(f"--max-failed {max_failed:g} must be a share from 0 to 1")
+    given = {**DEFAULTS, **asked}
+    aim = parse_aim(given["max_drop"], given["min_metric"], given["front"], given["minimise"])
+    limits = parse_budget(given["latency"], given["size"], given["memory"], required=aim is None)
+    parse_losses(given["distillation"])
+    check_mode(given["recovery"])
+    check_effort(given["baselines"])
+    parse_students(given["students"])
+    if not 0 <= given["max_failed"] <= 1:
+        raise InputError(f"--max-failed {given['max_failed']:g} must be a share from 0 to 1")
     options = {
         "task": task if isinstance(task, str) else type(task.model).__name__,
         **{name: limit.text for name, limit in limits.items()},
-        "max_drop": max_drop,
-        "min_metric": min_metric,
-        "front": front,
-        "minimise": minimise,
-        **_PLAIN,
-        "trials": trials or DEFAULT_TRIALS,
-        "epochs": DEFAULT_EPOCHS if epochs is None else epochs,
-        "timeout": timeout,
-        "max_failed": max_failed,
-        "distillation": distillation,
-        "recovery": recovery,
-        "students": students,
-        "baselines": check_effort(baselines),
-        "weights": str(weights) if weights else None,
-        **others,
+        **{name: value for name, value in given.items() if name not in METRICS},
+        "trials": given["trials"] or DEFAULT_TRIALS,
+        "epochs": DEFAULT_EPOCHS if given["epochs"] is None else given["epochs"],
+        "weights": str(given["weights"]) if given["weights"] else None,
     }
+    timeout = given["timeout"]
     clock = Clock()
     if timeout:
         clock.deadline = clock.begun + timeout

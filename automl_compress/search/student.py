@@ -20,9 +20,10 @@ from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs
 from automl_compress.techniques.evidence import Evidence
 from automl_compress.techniques.importance import criterion
+from automl_compress.techniques.least_squares import LayerRepair
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
 from automl_compress.techniques.recover import recalibrate_batch_norm
-from automl_compress.techniques.repair import LayerRepair, Targets, record_targets, repair
+from automl_compress.techniques.repair import Targets, record_targets, repair
 from automl_compress.techniques.rows import ROWS
 from automl_compress.techniques.sparsify import apply_masks, masks_in_force
 

@@ -12,8 +12,9 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.model.trace import trace
 from automl_compress.techniques import repair as module
+from automl_compress.techniques.least_squares import LayerRepair
 from automl_compress.techniques.prune import apply_plan
-from automl_compress.techniques.repair import LayerRepair, record_targets, repair
+from automl_compress.techniques.repair import record_targets, repair
 from tests.model.networks import INPUT, NETWORKS, make
 
 IMAGES = torch.randn(48, *INPUT[1:], generator=torch.Generator().manual_seed(1))
