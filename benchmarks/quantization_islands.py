@@ -91,7 +91,7 @@ def made(name: str, build: Callable[[], nn.Module], folder: Path) -> dict[str, A
 def make(build: Callable[[], nn.Module], folder: Path, name: str) -> dict[str, Any]:
     from automl_compress.core.plan import Plan
     from automl_compress.deploy.runtime import OnnxModel
-    from automl_compress.deploy.verify import check_quantized, executed_operators
+    from automl_compress.deploy.verify import agreement, executed_operators
     from automl_compress.model.task import Task
 
     torch.manual_seed(0)
@@ -107,8 +107,9 @@ def make(build: Callable[[], nn.Module], folder: Path, name: str) -> dict[str, A
     onnx.save(int8, file_of(folder, name, "int8"))
     left = Counter(node.op_type for node in executed_graph(int8).node)
     session, student = OnnxModel(int8), bench.trainable(bench.teacher, plan, found)
+    parts, few = [x[i : i + 64] for i in range(0, SAMPLES, 64)], x[:16].numpy()
     with torch.no_grad():
-        pairs = [(session((part.numpy(),))[0], student(part).numpy()) for part in x.split(64)]
+        pairs = [(session((part.numpy(),))[0], student(part).numpy()) for part in parts]
     same = np.concatenate([one.argmax(1) == other.argmax(1) for one, other in pairs])
     return {
         "layers": len(layers),
@@ -116,7 +117,7 @@ def make(build: Callable[[], nn.Module], folder: Path, name: str) -> dict[str, A
         "quantize": left["QuantizeLinear"],
         "dequantize": left["DequantizeLinear"],
         "transpose": left["Transpose"],
-        "deviation": check_quantized(int8, (x[:16].numpy(),)),
+        "deviation": agreement(session((few,)), OnnxModel(int8, optimize=False)((few,))),
         "agreement": float(same.mean()),
     }
 
@@ -140,7 +141,7 @@ def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     for _ in range(STEPS):
         chosen = torch.randperm(SAMPLES, generator=generator)[:BATCH]
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.model.trace import trace
-from automl_compress.techniques import repair as module
+from automl_compress.techniques import least_squares
 from automl_compress.techniques.least_squares import LayerRepair
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.repair import record_targets, repair
@@ -24,8 +24,8 @@ DATA = torch.randn(300, 4, generator=torch.Generator().manual_seed(2))
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Next to no ridge, and all rows are fitted."""
-    monkeypatch.setattr(module, "DAMPING", (1e-10,))
-    monkeypatch.setattr(module, "HELD_OUT", 0.0)
+    monkeypatch.setattr(least_squares, "DAMPING", (1e-10,))
+    monkeypatch.setattr(least_squares, "HELD_OUT", 0.0)
 
 
 def repaired(model: nn.Module, plan: Plan, x: Tensor) -> tuple[nn.Module, dict[str, LayerRepair], Graph]:
@@ -97,12 +97,12 @@ def test_grouped_and_depthwise_layers_are_fitted_group_by_group(groups: int) -> 
 
 def test_more_columns_than_rows_give_the_same_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     """The solution from the kernel matrix of the rows is that of the ridge problem."""
-    monkeypatch.setattr(module, "DAMPING", (1e-2,))
-    monkeypatch.setattr(module, "HELD_OUT", 0.0)
+    monkeypatch.setattr(least_squares, "DAMPING", (1e-2,))
+    monkeypatch.setattr(least_squares, "HELD_OUT", 0.0)
     rows = torch.randn(7, 2, 20, generator=torch.Generator().manual_seed(0))
     wanted = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
-    problem = module._Problem(rows=rows, wanted=wanted, now=torch.zeros(7, 6), scale=torch.ones(6))
-    weight, bias, _ = module.best_change(problem, intercept=True)
+    problem = least_squares.Problem(rows=rows, wanted=wanted, now=torch.zeros(7, 6), scale=torch.ones(6))
+    weight, bias, _ = least_squares.best_change(problem, intercept=True)
     for group in range(2):
         x = np.hstack([rows[:, group].double().numpy(), np.ones((7, 1))])
         ridge = 1e-2 * (x**2).sum() / x.shape[1]
@@ -231,13 +231,13 @@ def test_bias_correction_where_a_refit_does_not_generalise() -> None:
     rows = torch.randn(80, 1, 200, generator=generator)
     now = torch.randn(80, 3, generator=generator)
     wanted = now + 0.5 + 0.1 * torch.randn(80, 3, generator=generator)
-    problem = module._Problem(rows=rows, wanted=wanted, now=now, scale=torch.full((3,), 2.0))
-    noise = module._Problem(rows=rows * 1e3, wanted=wanted, now=now, scale=torch.full((3,), 2.0))
-    weight, bias, found = module.best_change(noise, intercept=True)
+    problem = least_squares.Problem(rows=rows, wanted=wanted, now=now, scale=torch.full((3,), 2.0))
+    noise = least_squares.Problem(rows=rows * 1e3, wanted=wanted, now=now, scale=torch.full((3,), 2.0))
+    weight, bias, found = least_squares.best_change(noise, intercept=True)
     assert found.outcome == "bias"
     assert not weight.any()
     torch.testing.assert_close(bias, torch.full((3,), 0.25), atol=0.02, rtol=0)
-    assert module.best_change(problem, intercept=True)[2].after <= problem.error(now)
+    assert least_squares.best_change(problem, intercept=True)[2].after <= problem.error(now)
 
 
 def test_the_original_stays_as_it_is_and_blocks_may_be_gone() -> None:
