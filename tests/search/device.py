@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from automl_compress.hardware import probe
@@ -84,9 +85,7 @@ class TimelessRuntime:
         }
 
     def _model_us(self, path: str) -> float:
-        request = {"model": path, "optimized": f"{path}.optimized"}
-        try:
+        with TemporaryDirectory() as folder:  # the runtime writes weights beside the graph
+            request = {"model": path, "optimized": f"{folder}/optimized.onnx"}
             kernels = probe.lower(request, self._settings, lambda _: None)["kernels"]
-        finally:
-            Path(request["optimized"]).unlink(missing_ok=True)
         return sum(node_us(kernel) + 0.5 for kernel in kernels) + 3.0
