@@ -20,6 +20,7 @@ from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search import outcome
 from automl_compress.search.baselines import QUICK
+from automl_compress.search.candidate import read_plan, rebuild, stored_quantization, student_width
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.contenders import make_student
 from automl_compress.search.directions import best_model
@@ -28,7 +29,6 @@ from automl_compress.search.evaluate import Workbench
 from automl_compress.search.forecast import PROFILE, Forecast
 from automl_compress.search.foresight import Foreseen, foresee
 from automl_compress.search.front import front_models
-from automl_compress.search.ladder import read_plan, rebuild, stored_quantization, student_width
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
 from automl_compress.search.settings import DEFAULT_TRIALS, DEFAULTS, default_folder, effective_config, make_settings

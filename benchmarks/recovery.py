@@ -168,7 +168,7 @@ class Laboratory:
 
     def _job(self, recipe: Recipe, plan: Any, weights: Path, seed: int) -> Any:
         from automl_compress.recovery.job import Job
-        from automl_compress.search.ladder import rebuild
+        from automl_compress.search.candidate import rebuild
         from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
         from automl_compress.techniques.distillation.objective import Distillation
         from automl_compress.techniques.distillation.pairing import pair_layers

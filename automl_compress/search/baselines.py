@@ -30,8 +30,8 @@ from optuna.trial import FrozenTrial, TrialState
 from automl_compress.core.plan import Plan
 from automl_compress.errors import CompressError, InputError
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.feasibility import additive_limits
-from automl_compress.search.ladder import Candidate
 from automl_compress.search.lines import append_line, read_lines
 from automl_compress.search.rivals import Market, prune_then_quantize, random_feasible
 from automl_compress.search.seeds import MILP, UNIFORM

@@ -16,11 +16,11 @@ from automl_compress.core.goal import Goal
 from automl_compress.errors import InfeasibleError
 from automl_compress.search.baselines import Baselines
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.climb import Climber, within_budget
 from automl_compress.search.directions import DELIVERIES, Found, none_left, verified_or_rejected
 from automl_compress.search.edge import Edge
 from automl_compress.search.finalists import finalists
-from automl_compress.search.ladder import Candidate
 from automl_compress.search.settings import Settings
 from automl_compress.search.study import evaluated
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 from automl_compress.core.plan import Plan
 from automl_compress.search.baselines import Baselines, compare
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.halving import halve
-from automl_compress.search.ladder import FULL, UNTRAINED, Candidate, Recovery
+from automl_compress.search.ladder import FULL, UNTRAINED, Recovery
 from automl_compress.search.seeds import MILP, UNIFORM
 from automl_compress.search.settings import Settings
 from automl_compress.search.timing import SHARES, Allotment, Costs, TooShort, allot, rungs, unlimited

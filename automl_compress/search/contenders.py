@@ -26,8 +26,9 @@ from automl_compress.model.trace import trace
 from automl_compress.recovery.students import OWN, SCRATCH, WIDTHS, parse_students, require_own
 from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.ladder import FULL, Candidate, Recovery
+from automl_compress.search.ladder import FULL, Recovery
 from automl_compress.search.settings import Settings
 from automl_compress.techniques.distillation.losses import DEFAULT
 from automl_compress.techniques.distillation.objective import Distillation

@@ -18,7 +18,7 @@ from automl_compress.hardware.savings import measure_savings, offers
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.account import layer_rows, own_rows
 from automl_compress.search.campaign import Campaign
-from automl_compress.search.ladder import Candidate
+from automl_compress.search.candidate import Candidate
 from automl_compress.techniques.sparsify import compressed_bytes, masks_in_force, zero_shares
 
 _NOT_MEASURED = (

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from automl_compress.errors import CompressError, ExportError
 from automl_compress.search.baselines import Baselines
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.climb import Climber, within_budget
 from automl_compress.search.contenders import Contenders
 from automl_compress.search.deliver import Verified, verify
 from automl_compress.search.finalists import finalists
-from automl_compress.search.ladder import Candidate
 from automl_compress.search.settings import Settings
 
 Found = tuple[Candidate, Verified, Baselines]

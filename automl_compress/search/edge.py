@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from automl_compress.search.ladder import Candidate
+from automl_compress.search.candidate import Candidate
 
 _CLOSE = 1.03
 _MARGIN = 0.15

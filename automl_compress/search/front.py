@@ -15,11 +15,11 @@ import numpy as np
 from automl_compress.errors import InfeasibleError
 from automl_compress.search.baselines import Baselines, find_rivals, searched
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.climb import Climber, baseline_plans, within_budget
 from automl_compress.search.deliver import Verified
 from automl_compress.search.directions import verified_or_rejected
 from automl_compress.search.finalists import finalists
-from automl_compress.search.ladder import Candidate
 from automl_compress.search.settings import Settings
 
 _FEWEST_TRIALS = 8

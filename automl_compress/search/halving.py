@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from automl_compress.core.plan import Plan
 from automl_compress.errors import CompressError
-from automl_compress.search.ladder import Candidate
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.storage import INTERRUPTED
 from automl_compress.search.timing import Rung
 

@@ -15,9 +15,9 @@ from automl_compress.search.account import ladder_rows, trial_rows
 from automl_compress.search.account import notes as notes_of
 from automl_compress.search.baselines import Baselines
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate, plan_file
 from automl_compress.search.deliver import Verified, final_metric
 from automl_compress.search.front import Point
-from automl_compress.search.ladder import Candidate, plan_file
 from automl_compress.search.settings import Settings, reproduce
 from automl_compress.search.standings import front_standings, full_standings, one_shot_standings
 

@@ -13,9 +13,10 @@ from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.recovery.transfer import read_transferred
+from automl_compress.search.candidate import Candidate, plan_file, read_plan
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.identity import digest_of
-from automl_compress.search.ladder import FULL, Candidate, Recovery, plan_file, read_plan
+from automl_compress.search.ladder import FULL, Recovery
 from automl_compress.search.opening import load, task_name
 from automl_compress.search.settings import DEFAULT_EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses

@@ -15,8 +15,9 @@ from automl_compress.core.result import Figures
 from automl_compress.errors import InputError
 from automl_compress.search.baselines import CLASSIC, RANDOM, Baselines, Rival, check_effort, compare, searched
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.deliver import Verified
-from automl_compress.search.ladder import FULL, UNTRAINED, Candidate, Recovery
+from automl_compress.search.ladder import FULL, UNTRAINED, Recovery
 from automl_compress.search.standings import full_standings, one_shot_standings
 from automl_compress.techniques.training.settings import Training
 from tests.search.campaigns import campaign

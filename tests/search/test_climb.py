@@ -13,7 +13,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.errors import InputError
 from automl_compress.progress import SilentProgress
 from automl_compress.search import climb
-from automl_compress.search.ladder import Candidate
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.timing import Clock
 from automl_compress.techniques.training.log import StepReport
 from automl_compress.techniques.training.settings import Training

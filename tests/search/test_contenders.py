@@ -22,10 +22,11 @@ from automl_compress.model.task import load_task
 from automl_compress.recovery.students import parse_students
 from automl_compress.search import contenders
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate, plan_file
 from automl_compress.search.contenders import Contenders, make_student
 from automl_compress.search.deliver import verify
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.ladder import Candidate, Recovery, plan_file
+from automl_compress.search.ladder import Recovery
 from automl_compress.search.settings import Settings
 from automl_compress.techniques.training.settings import Training
 from tests import tiny

@@ -13,8 +13,9 @@ import pytest
 from automl_compress.core.plan import Plan
 from automl_compress.errors import ExportError
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.deliver import Verified, final_metric, verify
-from automl_compress.search.ladder import Candidate, Recovery
+from automl_compress.search.ladder import Recovery
 from automl_compress.techniques.training.settings import Training
 from tests.search.campaigns import campaign
 

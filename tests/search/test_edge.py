@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automl_compress.core.plan import Plan
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.edge import Edge
-from automl_compress.search.ladder import Candidate
 
 LOOKS = 8
 

@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 
 from automl_compress.core.plan import Plan
 from automl_compress.errors import Interrupted, TaskError, TrainingError
+from automl_compress.search.candidate import Candidate
 from automl_compress.search.halving import halve
-from automl_compress.search.ladder import Candidate
 from automl_compress.search.timing import rungs
 
 PLANS = [Plan(width=w) for w in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]

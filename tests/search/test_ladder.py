@@ -18,13 +18,8 @@ from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import PlanError, RunFolderError, TrainingError
 from automl_compress.model.task import accuracy
 from automl_compress.search import ladder
-from automl_compress.search.ladder import (
-    Candidate,
-    Recovery,
-    read_plan,
-    rebuild,
-    stored_quantization,
-)
+from automl_compress.search.candidate import Candidate, read_plan, rebuild, stored_quantization
+from automl_compress.search.ladder import Recovery
 from automl_compress.techniques.distillation.features import layer_inputs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.pairing import pair_layers

@@ -16,9 +16,10 @@ from automl_compress.core.result import Result
 from automl_compress.deploy.report import render
 from automl_compress.errors import SpaceError
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.candidate import Candidate, plan_file, read_plan, rebuild, stored_quantization
 from automl_compress.search.decode import Decoder, options_in_force
 from automl_compress.search.deliver import Verified, verify
-from automl_compress.search.ladder import Candidate, Recovery, plan_file, read_plan, rebuild, stored_quantization
+from automl_compress.search.ladder import Recovery
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sensitivity import single
 from automl_compress.search.space import SearchSpace, resolve
