@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from search_evaluations import best_plans, seeds
+from search_evaluations import best_plans, code_version, seeds
 from search_evaluator import Lines
 from search_laboratory import Laboratory
 from search_peers import ROUTES, UNTOUCHED, cuts, eight_bits
@@ -36,7 +36,7 @@ from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.search.entrants import in_order, variants
-from automl_compress.search.seeds import FEWEST_BLOCKS
+from automl_compress.search.seeds import FEWER_BLOCKS, FEWEST_BLOCKS
 from automl_compress.search.timing import most_entrants, rungs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
@@ -80,7 +80,7 @@ class Deliveries:
         self._timings = Lines(cache / "timings.jsonl")
         self._rungs = Lines(cache / "rungs.jsonl")
         self._cache = cache
-        self._first: dict[float, dict[str, Plan]] = {}
+        self._first = Lines(cache / "seeds.jsonl")
         self._routes = cuts(laboratory, cache, progress, routes)
         # Models that were trained by other defaults aren't compared with these.
         recipe = f"{Training()} {parse_losses(DEFAULT)!r} {DEFAULT_MODE}"
@@ -202,18 +202,21 @@ class Deliveries:
         dearest = max(self._ratio(plan) / predicted(plan) for plan in finalists)
         bits = eight_bits(laboratory)
         good = sorted(self._within(finalists, share), key=lambda plan: -laboratory.evaluate(plan))
+        fewer = [plan for name, plan in self._seed_plans(share).items() if name.startswith(FEWER_BLOCKS)]
         return variants(
             laboratory.space,
-            good[: _VARIANTS // 2],
+            [*fewer, *good[: _VARIANTS // 2]],
             laboratory.table.quality,
             bits,
             lambda plan: min(dearest, 1.0) * predicted(plan) <= _AIM * share,
         )[:_VARIANTS]
 
     def _seed_plans(self, share: float) -> dict[str, Plan]:
-        if share not in self._first:
-            self._first[share] = seeds(self.laboratory, share)
-        return self._first[share]
+        """What the search started from; its integer program takes seconds."""
+        graph, key = self.laboratory.bench.graph, f"{share} {self.laboratory.space.fingerprint} {code_version()}"
+        if key not in self._first.known:
+            self._first.add(key, {name: plan.to_json() for name, plan in seeds(self.laboratory, share).items()})
+        return {name: Plan.from_json(data, graph) for name, data in self._first.known[key].items()}
 
     def _ratio(self, plan: Plan) -> float:
         return float(self._ratios.known[f"{OURS}-{plan.key}"])

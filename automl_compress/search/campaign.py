@@ -35,7 +35,7 @@ from automl_compress.search.measured import MeasuredCosts
 from automl_compress.search.pricing import additive_table
 from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sampler import make_sampler
-from automl_compress.search.seeds import UNIFORM, first_plans, loosest_optimum
+from automl_compress.search.seeds import FEWER_BLOCKS, UNIFORM, first_plans, loosest_optimum
 from automl_compress.search.sensitivity import Sensitivity, measure_joint, measure_sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
@@ -285,12 +285,14 @@ class Campaign:
             self._study = None
 
     def relax(self, plans: Sequence[Plan], count: int) -> None:
-        """Queue up to so many milder variants of plans as trials, once for each budget."""
+        """Queue up to so many milder variants of plans as trials, once for each budget; first of those that narrow
+        layers instead of removing blocks."""
         known = {trial.user_attrs.get("label", "") for trial in self.study().get_trials(deepcopy=False)}
         if any(label.startswith(RELAXED) for label in known):
             return
         low = next((plan.bits for name, plan in self.seeds().items() if name.startswith(UNIFORM)), {})
-        found = variants(self.space, plans, self.table.quality, low, self.fits)[:count]
+        fewer = [plan for name, plan in self.seeds().items() if name.startswith(FEWER_BLOCKS)]
+        found = variants(self.space, [*fewer, *plans], self.table.quality, low, self.fits)[:count]
         seed_plans(self.study(), self.space, {f"{RELAXED}-{i}": plan for i, plan in enumerate(found, 1)})
 
     @property
