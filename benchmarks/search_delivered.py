@@ -199,7 +199,7 @@ class Deliveries:
         def predicted(plan: Plan) -> float:
             return laboratory.forecast.predict(plan).latency_us / original
 
-        dearest = max(self._ratio(plan) / predicted(plan) for plan in finalists)
+        dearest = max(self._ratio(plan) / predicted(plan) for plan in finalists if self._was_measured(plan))
         bits = eight_bits(laboratory)
         good = sorted(self._within(finalists, share), key=lambda plan: -laboratory.evaluate(plan))
         fewer = [plan for name, plan in self._seed_plans(share).items() if name.startswith(FEWER_BLOCKS)]
@@ -222,7 +222,10 @@ class Deliveries:
         return float(self._ratios.known[f"{OURS}-{plan.key}"])
 
     def _within(self, plans: Sequence[Plan], share: float) -> list[Plan]:
-        return [plan for plan in plans if self._ratio(plan) <= _AIM * share]
+        return [plan for plan in plans if self._was_measured(plan) and self._ratio(plan) <= _AIM * share]
+
+    def _was_measured(self, plan: Plan) -> bool:
+        return f"{OURS}-{plan.key}" in self._ratios.known
 
     def _searched(self, share: float, epochs: float) -> Plan | None:
         """The search's choice: the best of those that it measured within the budget, by the product's ladder."""
