@@ -244,6 +244,7 @@ class Deliveries:
             [(plan, float(self._one_shot.known[plan.key])) for plan in pool],
             self.laboratory.table.quality,
             error=bench.standard_error,
+            original=bench.original_one_shot,
             always=by_hand,
             places=steps[0].models,
         )

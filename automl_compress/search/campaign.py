@@ -27,7 +27,6 @@ from automl_compress.hardware.trust import advice
 from automl_compress.progress import Progress
 from automl_compress.search.decode import Decoder
 from automl_compress.search.dominated import drop_dominated
-from automl_compress.search.entrants import variants
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.feasibility import Reach, additive_limits, require_feasible
 from automl_compress.search.forecast import SEARCH, Forecast
@@ -35,7 +34,7 @@ from automl_compress.search.measured import MeasuredCosts
 from automl_compress.search.pricing import additive_table
 from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sampler import make_sampler
-from automl_compress.search.seeds import FEWER_BLOCKS, UNIFORM, first_plans, loosest_optimum
+from automl_compress.search.seeds import first_plans, loosest_optimum
 from automl_compress.search.sensitivity import Sensitivity, measure_joint, measure_sensitivity
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.storage import open_storage
@@ -58,7 +57,6 @@ AIM = {"latency": 0.985, "memory": 0.97}
 _LEAST_MEASURED = 3  # models at the end: the original, what is delivered, a plan before it
 _PACED = 8  # sensitivities after which the time that the others take is foreseen
 STUDY = "one-shot"
-RELAXED = "relaxed"
 SENSITIVITY, SPACE, MEASURED = "sensitivity.jsonl", "space.json", "measured.jsonl"
 
 
@@ -283,17 +281,6 @@ class Campaign:
         if self.costs.loosen(pairs):
             self.forecast.forget()
             self._study = None
-
-    def relax(self, plans: Sequence[Plan], count: int) -> None:
-        """Queue up to so many milder variants of plans as trials, once for each budget; first of those that narrow
-        layers instead of removing blocks."""
-        known = {trial.user_attrs.get("label", "") for trial in self.study().get_trials(deepcopy=False)}
-        if any(label.startswith(RELAXED) for label in known):
-            return
-        low = next((plan.bits for name, plan in self.seeds().items() if name.startswith(UNIFORM)), {})
-        fewer = [plan for name, plan in self.seeds().items() if name.startswith(FEWER_BLOCKS)]
-        found = variants(self.space, [*fewer, *plans], self.table.quality, low, self.fits)[:count]
-        seed_plans(self.study(), self.space, {f"{RELAXED}-{i}": plan for i, plan in enumerate(found, 1)})
 
     @property
     def costs(self) -> CostModel:

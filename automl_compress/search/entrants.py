@@ -8,6 +8,7 @@ undone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import Option, QualityKey
 
 _REFUSED = 60  # predictions of plans that don't fit, for each plan
+_FAIR = 2.0
 _CUTS = ("sparsity", "drop", "width")
 
 
@@ -84,14 +86,17 @@ def in_order(
     quality: Mapping[QualityKey, float],
     *,
     error: Callable[[float], float],
+    original: float = math.inf,
     always: Sequence[Plan] = (),
     places: int = 1,
 ) -> list[Plan]:
     """Plans with their figures (more is better), in the order in which they are to be trained.
 
-    error   the standard error of a figure: of plans as near to the best as that, the one that loses least by the table
-            comes first
-    always  of these, those that are among the plans are within the first `places`, but not first
+    error     the standard error of a figure: of plans as near to the best as that, the one that loses least by the
+              table comes first
+    original  the original's figure: that other blocks are removed counts for a plan that loses at most twice as much as
+              the best
+    always    of these, those that are among the plans are within the first `places`, but not first
     """
     if not values:
         return []
@@ -101,9 +106,10 @@ def in_order(
     near.sort(key=lambda plan: additive_loss(space, plan, quality))
     rest = sorted((entry for entry in values if entry[1] < alike), key=lambda entry: -entry[1])
     ranked = [*near, *(plan for plan, _ in rest)]
+    fair = {plan.key for plan, value in values if original - value <= _FAIR * (original - best)}
     first, others, seen = list[Plan](), list[Plan](), set[frozenset[str]]()
     for plan in ranked:
-        (others if plan.drop in seen else first).append(plan)
+        (first if plan.drop not in seen and plan.key in fair else others).append(plan)
         seen.add(plan.drop)
     ranked = [*first, *others]
     wanted = {plan.key for plan in always}

@@ -9,9 +9,11 @@ from automl_compress.core.budget import Cost
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
-from automl_compress.search.entrants import in_order
-from automl_compress.search.seeds import FEWEST_BLOCKS
+from automl_compress.search.entrants import in_order, variants
+from automl_compress.search.seeds import FEWER_BLOCKS, FEWEST_BLOCKS, UNIFORM
+from automl_compress.search.study import seed_plans
 
+RELAXED = "relaxed"
 _CONFIRM = 8
 _ROUNDS = 4
 _TRIALS_PER_VARIANT = 8
@@ -39,7 +41,7 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
             clock.refuse("it was over before the first trial", clock.typical("trial") or 1.0)
         confirm(campaign, _unmeasured(campaign))
         if kept:
-            campaign.relax(_ordered(campaign, places)[:_RELAXED], kept)
+            _relax(campaign, _ordered(campaign, places)[:_RELAXED], kept)
             _explore(campaign, wanted, until)
             confirm(campaign, _unmeasured(campaign))
         passed = _ordered(campaign, places)
@@ -55,17 +57,36 @@ def _explore(campaign: Campaign, trials: int, until: float | None) -> None:
 
 
 def _unmeasured(campaign: Campaign) -> list[Plan]:
-    return [plan for plan in campaign.ranked(10 * _CONFIRM)[:_CONFIRM] if plan.key not in campaign.measured]
+    """What is to be measured: a few plans, in the order in which they would be trained."""
+    best = _in_order(campaign, campaign.ranked_figures(10 * _CONFIRM), _CONFIRM)[:_CONFIRM]
+    return [plan for plan in best if plan.key not in campaign.measured]
+
+
+def _relax(campaign: Campaign, plans: Sequence[Plan], count: int) -> None:
+    """Queue up to so many milder variants of plans as trials, once for each budget; first of those that narrow layers
+    instead of removing blocks."""
+    study, seeds = campaign.study(), campaign.seeds()
+    if any(trial.user_attrs.get("label", "").startswith(RELAXED) for trial in study.get_trials(deepcopy=False)):
+        return
+    low = next((plan.bits for name, plan in seeds.items() if name.startswith(UNIFORM)), {})
+    fewer = [plan for name, plan in seeds.items() if name.startswith(FEWER_BLOCKS)]
+    found = variants(campaign.space, [*fewer, *plans], campaign.table.quality, low, campaign.fits)[:count]
+    seed_plans(study, campaign.space, {f"{RELAXED}-{i}": plan for i, plan in enumerate(found, 1)})
 
 
 def _ordered(campaign: Campaign, places: int) -> list[Plan]:
     """The measured plans that are within the budget, in the order in which they are to be trained."""
     figures = campaign.ranked_figures(10 * _CONFIRM)
+    return _in_order(campaign, [(plan, value) for plan, value in figures if plan.key in campaign.measured], places)
+
+
+def _in_order(campaign: Campaign, figures: Sequence[tuple[Plan, float]], places: int) -> list[Plan]:
     return in_order(
         campaign.space,
-        [(plan, value) for plan, value in figures if plan.key in campaign.measured],
+        figures,
         campaign.table.quality,
         error=campaign.bench.standard_error,
+        original=campaign.original_sampled_metric(),
         always=[plan for name, plan in campaign.seeds().items() if name == FEWEST_BLOCKS],
         places=places,
     )

@@ -79,6 +79,15 @@ def test_plans_that_remove_other_blocks_come_before_further_ones_of_the_same() -
     assert found == [one, two, like_one]
 
 
+def test_other_blocks_don_t_count_for_a_plan_that_loses_far_more() -> None:
+    one, like_one, two = _dropping("b0"), _dropping("b0", sparsity=0.5), _dropping("b1")
+    values = [(one, 0.9), (like_one, 0.89), (two, 0.7)]
+    found = in_order(SPACE, values, QUALITY, error=lambda _: 0.0, original=1.0, places=2)
+    assert found == [one, like_one, two]
+    near = [(one, 0.9), (like_one, 0.89), (two, 0.81)]
+    assert in_order(SPACE, near, QUALITY, error=lambda _: 0.0, original=1.0, places=2) == [one, two, like_one]
+
+
 def test_a_plan_that_is_always_trained_takes_the_last_place_and_not_the_first() -> None:
     plans = [_dropping(f"b{i}") for i in range(4)]
     values = [(plan, 0.9 - 0.1 * i) for i, plan in enumerate(plans)]
