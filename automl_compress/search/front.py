@@ -41,7 +41,7 @@ class Point:
 
 
 def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
-    """The models, cheapest first; each is better than all that are cheaper. The baselines are measured with the first.
+    """The models, cheapest first; each is better than all that are cheaper, and measured with the baselines.
 
     Raises InfeasibleError where there is none.
     """
@@ -68,9 +68,9 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
                 plans = finalists(leg, trials, exploring, places=ahead.rungs[0].models)
                 finished = climber.climb(leg, plans, climber.allot(0, baselines=0, looks=left))
                 best = max([finished, *within_budget(leg, beaten)], key=lambda candidate: candidate.metric)
-                verified = verified_or_rejected(leg, best, {} if points else beaten)
+                verified = verified_or_rejected(leg, best, beaten)
                 if verified is not None:
-                    found = rivals_of(leg, climber, {} if points else beaten)
+                    found = rivals_of(leg, climber, beaten)
                     points.append(Point(share=share, candidate=best, verified=verified, beaten=found))
                     break
         except InfeasibleError as error:
