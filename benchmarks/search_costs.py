@@ -119,7 +119,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
     from automl_compress.search.budget_sampler import BudgetSampler
     from automl_compress.search.evaluate import Workbench
     from automl_compress.search.ladder import Recovery
-    from automl_compress.search.sensitivity import measure_sensitivity
+    from automl_compress.search.sensitivity import measure_joint, measure_sensitivity
 
     spent: dict[str, float] = defaultdict(float)
     clock = _Exclusive(spent)
@@ -130,6 +130,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
                 (Workbench, "one_shot", clock.wrap("evaluate", Workbench.one_shot)),
                 (Workbench, "metric", clock.wrap("evaluate", Workbench.metric)),
                 (campaign, "measure_sensitivity", clock.wrap("evaluate", measure_sensitivity)),
+                (campaign, "measure_joint", clock.wrap("evaluate", measure_joint)),
                 (Recovery, "recover", clock.wrap("train", Recovery.recover)),
                 (Device, "compare", clock.wrap("measure", Device.compare)),
                 (Device, "memory_bytes", clock.wrap("measure", Device.memory_bytes)),
