@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.search.entrants import in_order, variants
+from automl_compress.search.halving import best_alike
 from automl_compress.search.seeds import FEWER_BLOCKS, FEWEST_BLOCKS
 from automl_compress.search.timing import most_entrants, rungs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
@@ -249,8 +251,9 @@ class Deliveries:
             places=steps[0].models,
         )
         for rung, after in pairwise(steps):
-            reached = {plan.key: self._rung(plan, rung.epochs) for plan in plans[: rung.models]}
-            plans = sorted(plans[: rung.models], key=lambda plan: -reached[plan.key])[: after.models]
+            reached = {i: self._rung(plan, rung.epochs) for i, plan in enumerate(plans[: rung.models])}
+            order = best_alike(reached, partial(bench.standard_error, whole=True))[: after.models]
+            plans = [plans[i] for i in sorted(order)]
         return plans[0] if plans else None
 
     def _rung(self, plan: Plan, epochs: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from automl_compress.core.plan import Plan
 from automl_compress.search.baselines import Baselines, compare
@@ -82,7 +83,8 @@ class Climber:
             name = FULL if rung == len(steps) - 1 else f"rung-{rung + 1}"
             return self.recover(campaign, plan, name, steps[rung].epochs)
 
-        return halve(campaign.recovery_study(), plans, steps, train)
+        error = partial(campaign.bench.standard_error, whole=True)
+        return halve(campaign.recovery_study(), plans, steps, train, error)
 
     def baselines(self, campaign: Campaign, allotment: Allotment) -> dict[str, Candidate]:
         """What one would do without a search, recovered like its models: uniform quantization."""

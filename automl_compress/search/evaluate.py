@@ -171,11 +171,17 @@ class Workbench:
         """The original's metric on the samples of one-shot trials."""
         return self.metric(self.original, self.validation)
 
-    def standard_error(self, value: float) -> float:
-        """By how much a one-shot metric errs for want of samples: that of a share of samples for classification, else
-        unknown, and 0."""
-        samples = sum(len(targets) for _, targets in self.validation)
-        return math.sqrt(value * (1.0 - value) / samples) if self.task.classifies and 0 < value < 1 else 0.0
+    @cached_property
+    def _validation_samples(self) -> int:
+        return sum(len(targets) for _, targets in self.task.batches("validation"))
+
+    def standard_error(self, value: float, *, whole: bool = False) -> float:
+        """By how much a metric errs for want of samples: that of a share of samples for classification, else unknown,
+        and 0. Of the one-shot metric, or of that on the whole validation split."""
+        if not self.task.classifies or not 0 < value < 1:
+            return 0.0
+        samples = self._validation_samples if whole else sum(len(targets) for _, targets in self.validation)
+        return math.sqrt(value * (1.0 - value) / samples)
 
     def metric(self, model: onnx.ModelProto, data: Sequence[tuple[Inputs, Tensor]] | str) -> float:
         """The task's metric of an ONNX model on samples, or on a whole split by name."""

@@ -27,14 +27,16 @@ Train = Callable[[Plan, int], Candidate]
 class RungPruner(BasePruner):
     """Ends the trials of a round that are not among the best so many of their rung.
 
-    keep  rung -> how many go on; a rung that isn't there ends nobody
+    keep   rung -> how many go on; a rung that isn't there ends nobody
+    error  the standard error of a metric
     """
 
-    def __init__(self, keep: Mapping[int, int]) -> None:
-        self._keep = dict(keep)
+    def __init__(self, keep: Mapping[int, int], error: Callable[[float], float]) -> None:
+        self._keep, self._error = dict(keep), error
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial is not among the best of those that reported at its last rung; among equals the earlier."""
+        """Whether the trial is not among the best of those that reported at its last rung. What is within a standard
+        error of the best is as good as that; among equals the earlier trial goes on."""
         step = trial.last_step
         if step is None or step not in self._keep:
             return False
@@ -44,14 +46,29 @@ class RungPruner(BasePruner):
             for other in study.get_trials(deepcopy=False)
             if step in other.intermediate_values and other.user_attrs.get(_ROUND) == trial.user_attrs.get(_ROUND)
         ]
-        beside.sort(key=lambda other: (-sign * other.intermediate_values[step], other.number))
-        return trial.number not in {other.number for other in beside[: self._keep[step]]}
+        values = {other.number: sign * other.intermediate_values[step] for other in beside}
+        return trial.number not in best_alike(values, self._error)[: self._keep[step]]
 
 
-def halve(study: Study, plans: Sequence[Plan], steps: Sequence[Rung], train: Train) -> Candidate:
+def best_alike(values: Mapping[int, float], error: Callable[[float], float]) -> list[int]:
+    """Numbers of models, best first. Those within a standard error of the best are as good as that, and among equals
+    the lower number comes first."""
+    top = max(values.values(), default=0.0)
+    margin = error(abs(top))
+    return sorted(values, key=lambda number: (-top if values[number] >= top - margin else -values[number], number))
+
+
+def halve(
+    study: Study,
+    plans: Sequence[Plan],
+    steps: Sequence[Rung],
+    train: Train,
+    standard_error: Callable[[float], float] = lambda _: 0.0,
+) -> Candidate:
     """Train `plans`, best first, rung by rung; the model that reached the last rung.
 
-    train  the model of a plan, trained for a rung (its index)
+    train           the model of a plan, trained for a rung (its index)
+    standard_error  of a metric: where a rung can't tell plans apart, the order that they came in counts
 
     A model whose training fails is a failed trial, and the next one takes its place. Raises the last failure where all
     fail.
@@ -60,7 +77,7 @@ def halve(study: Study, plans: Sequence[Plan], steps: Sequence[Rung], train: Tra
     number = 1 + max((t.user_attrs.get(_ROUND, 0) for t in study.get_trials(deepcopy=False)), default=0)
     waiting = list(plans)
     alive: list[tuple[Trial, Plan]] = []
-    study.pruner = RungPruner({i: rung.models for i, rung in enumerate(steps[1:])})
+    study.pruner = RungPruner({i: rung.models for i, rung in enumerate(steps[1:])}, standard_error)
     error: Exception | None = None
     for index, rung in enumerate(steps):
         last = index == len(steps) - 1

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from automl_compress.core.plan import Plan
 from automl_compress.errors import Interrupted, TaskError, TrainingError
 from automl_compress.search.candidate import Candidate
-from automl_compress.search.halving import halve
+from automl_compress.search.halving import best_alike, halve
 from automl_compress.search.timing import rungs
 
 PLANS = [Plan(width=w) for w in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
@@ -53,6 +53,16 @@ def test_a_rungs_metrics_are_compared_with_each_other_alone(study: optuna.Study)
     train, seen = trainer(lambda plan, rung: plan.width if rung == 0 else -rung - plan.width)
     assert halve(study, PLANS, STEPS, train).plan.width == 0.5
     assert {width for width, rung in seen if rung == 2} == {0.5, 0.6}
+
+
+def test_what_a_rung_can_not_tell_apart_goes_on_in_the_order_it_came_in(study: optuna.Study) -> None:
+    train, seen = trainer(lambda plan, rung: plan.width)
+    assert halve(study, PLANS, STEPS, train, lambda _: 0.25).plan.width == 0.6
+    assert {width for width, rung in seen if rung == 1} == {0.5, 0.6, 0.7, 0.8}
+    assert {width for width, rung in seen if rung == 2} == {0.6, 0.7}
+    assert best_alike({3: 0.8, 1: 0.7, 2: 0.9}, lambda _: 0.1) == [2, 3, 1]
+    assert best_alike({3: 0.8, 1: 0.7, 2: 0.9}, lambda _: 0.11) == [2, 3, 1]
+    assert best_alike({}, lambda _: 0.0) == []
 
 
 def test_a_second_round_is_not_held_against_the_first(study: optuna.Study) -> None:
