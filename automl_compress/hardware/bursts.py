@@ -3,12 +3,16 @@
 A part of the measuring program (see `probe.py`), Python 3.9.
 
 A burst is a number of consecutive runs of one model whose first part is discarded; models take turns burst by burst, so
-that a drift of the machine hits all of them alike and each runs with the caches of its own burst.
+that a drift of the machine hits all of them alike and each runs with the caches of its own burst. A trace takes turns
+with a fixed computation that needs no memory to speak of: it tells a slower clock, and nothing else. Another model
+would be slowed down by whoever uses the machine's memory or the core meanwhile, which says little about this one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -16,32 +20,56 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from .conditions import interruptions
 from .serve import Say
 from .sessions import Settings, open_session, random_inputs, runner
 
 SMALLEST_BURST = 3
-_PARTS = 10
+# Parts of a burst are no shorter, so that reading the clock doesn't count.
+_SHORTEST_PART_S = 1e-4
+# What tells the processor's pace: 64 us on a fast one, so often that an interruption or a moment's clock doesn't count.
+_FIXED_WORK = bytes(1 << 17)
+_FIXED_REPEATS = 15
 
 
 def burst_us(
-    run: Callable[[], Any], runs: int, discard: float, clock: Callable[[], float] = time.perf_counter
+    run: Callable[[], Any],
+    runs: int,
+    discard: float,
+    clock: Callable[[], float] = time.perf_counter,
+    interrupted: Callable[[], int] = interruptions,
 ) -> float:
     """Microseconds of one run in a burst whose first part (`discard` of `runs`) isn't counted.
 
-    The rest is timed in up to ten parts, of which the median counts: a process that takes the core for a few
-    milliseconds would otherwise add a third to a burst.
+    The rest is timed run by run, short ones several at a time, and the median counts: of those during which this
+    process was not interrupted for another, or of all if there are none. Two processes that share a core take turns of
+    a few milliseconds, so that a burst's mean may be double.
     """
     skipped = min(int(runs * discard), runs - 1)
+    begun = clock()
     for _ in range(skipped):
         run()
-    length = max(1, (runs - skipped) // _PARTS)
-    parts = []
+    one = (clock() - begun) / max(skipped, 1)
+    length = min(runs - skipped, math.ceil(_SHORTEST_PART_S / one)) if one > 0 and skipped else 1
+    calm: list[float] = []
+    others: list[float] = []
     for _ in range((runs - skipped) // length):
-        start = clock()
+        before, start = interrupted(), clock()
         for _ in range(length):
             run()
-        parts.append((clock() - start) / length)
-    return median(parts) * 1e6
+        lasted = (clock() - start) / length
+        (calm if interrupted() == before else others).append(lasted)
+    return median(calm or others) * 1e6
+
+
+def pace_us(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Microseconds that a fixed computation takes at the processor's present clock."""
+    fastest = math.inf
+    for _ in range(_FIXED_REPEATS):
+        start = clock()
+        hashlib.sha256(_FIXED_WORK).digest()
+        fastest = min(fastest, clock() - start)
+    return fastest * 1e6
 
 
 def burst_length(one_run_s: float, settings: Settings) -> int:
@@ -86,26 +114,22 @@ def lower(request: dict[str, Any], settings: Settings, _: Say) -> dict[str, Any]
 def trace(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:
     """Every executed node with its duration in each run, and what the whole model takes without being profiled.
 
-    A round is a burst of the reference, a burst of the model, and a burst of the model while it is profiled: the
-    reference shows a drift of the machine, the unprofiled burst what profiling adds to every node.
+    A round is the fixed computation (`pace_us`), a burst of the model, and a burst of the model while it is profiled:
+    the first shows a drift of the machine, the unprofiled burst what profiling adds to every node.
     """
     plain = runner(open_session(request["model"], settings))
-    reference = (
-        plain if request["reference"] == request["model"] else runner(open_session(request["reference"], settings))
-    )
-    for run in (plain, reference):
-        burst_us(run, max(2, min(int(settings["warm_up_runs"]), _affordable(run, settings))), 0.0)
-    lengths = {run: burst_length(_seconds(run), settings) for run in (plain, reference)}
-    runs = max(SMALLEST_BURST, min(int(settings["trace_runs"]), lengths[plain]))
-    whole, beside = [], []
+    burst_us(plain, max(2, min(int(settings["warm_up_runs"]), _affordable(plain, settings))), 0.0)
+    length = burst_length(_seconds(plain), settings)
+    runs = max(SMALLEST_BURST, min(int(settings["trace_runs"]), length))
+    whole, pace = [], []
     with _Profiled(request, settings) as profiled:
         for turn in range(int(request["rounds"])):
-            beside.append(burst_us(reference, lengths[reference], settings["discard"]))
-            whole.append(burst_us(plain, lengths[plain], settings["discard"]))
+            pace.append(pace_us())
+            whole.append(burst_us(plain, length, settings["discard"]))
             for _ in range(runs):
                 profiled.run()
             say({"progress": f"round {turn + 1}"})
-        return {**profiled.answer(), "runs": runs, "whole_us": whole, "reference_us": beside}
+        return {**profiled.answer(), "runs": runs, "whole_us": whole, "pace_us": pace}
 
 
 class _Profiled:

@@ -71,7 +71,7 @@ def snapshot(cores: list[int]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "clock": time.perf_counter(),
         "own_seconds": times.user + times.system + times.children_user + times.children_system,
-        "switches": _switches(),
+        "switches": interruptions(),
         **parse_loadavg(read_text("/proc/loadavg")),
         **parse_stat(read_text("/proc/stat"), cores),
         **_clocks(cores),
@@ -146,7 +146,8 @@ def _clocks(cores: list[int]) -> dict[str, int]:
     return {**found, "max_khz": highest} if highest else found
 
 
-def _switches() -> int:
+def interruptions() -> int:
+    """How often this process had to leave a core to another one until now; 0 where the system doesn't tell."""
     try:
         import resource
     except ImportError:  # Windows

@@ -18,9 +18,9 @@ import onnx
 
 from automl_compress.core.budget import METRICS, Cost
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.fit import Fit, fit
+from automl_compress.hardware.fit import MEDIAN_DEVIATION, Fit, fit
 from automl_compress.hardware.interpolate import PriceList, Total
-from automl_compress.hardware.kernel_key import reordered_bytes
+from automl_compress.hardware.kernel_key import reordered_bytes, traffic_bytes
 from automl_compress.hardware.kernels import Kernel, structure_digest, weight_bytes
 from automl_compress.hardware.measure import measure_model
 from automl_compress.hardware.profile import DeviceProfile
@@ -28,7 +28,7 @@ from automl_compress.hardware.schema import ModelRecord
 
 # What the runtime's allocator takes at first, the file and its copies, weights that are kept in another layout as well,
 # the activations, and what is kept for each node.
-_MEMORY_PRIOR = (1.5e6, 1.2, 1.5, 2.0, 1.3e4)
+_MEMORY_PRIOR = (2.0e6, 1.7, 1.2, 1.8, 7e3)
 # Weighing repeats to a few percent and the prior is close, so that fewer models do than for the latency.
 _ENOUGH_WEIGHED = 4
 # What the correction's terms are called in the profile.
@@ -40,6 +40,8 @@ LATENCY_TERMS = (
     "kernel_sum_us_x_ln_activations",
     "kernel_sum_us_x_ln_size_squared",
     "kernel_sum_us_x_ln_activations_squared",
+    "kernel_sum_us_x_ln_traffic",
+    "kernel_sum_us_x_ln_traffic_squared",
 )
 _LATENCY_PRIOR = (1.0, *[0.0] * (len(LATENCY_TERMS) - 1))
 # Another network's overheads say something about this one only if both take a similar time.
@@ -47,20 +49,22 @@ _SIMILAR = 4.0
 # A prediction whose kernels are known this badly (relative standard deviation of their sum) is worth a measurement.
 _UNSURE = 0.03
 # A model of whose predicted time so much came from measured kernels tells how good predictions are.
-_FORESEEN = 0.8
+_FORESEEN = 0.5
 _ENOUGH_CHECKED = 3
-_CHECKED = 16
+# So many standard deviations from the mean are 95 % of normal errors.
+_TWO_SIDED_95 = 1.96
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """Bytes of a model: its file, its constants, those of them that the runtime keeps in its own layout as well, and
-    the peak of activations that are alive at the same time."""
+    """Bytes of a model: its file, its constants, those that the runtime takes for them in layouts of its own, the peak
+    of activations that are alive at the same time, and what all kernels read and write in one run."""
 
     file: float
     weights: float
     reordered: float
     activations: float
+    traffic: float
 
 
 class CostModel:
@@ -135,6 +139,7 @@ class CostModel:
             weights=weight_bytes(model),
             reordered=reordered_bytes(keys),
             activations=lowered.activation_bytes,
+            traffic=traffic_bytes(keys),
         )
         return self.cost_of(total, len(keys), tensors)
 
@@ -143,7 +148,7 @@ class CostModel:
         latency, memory = self.fits(total.us)
         errors = (total.error, latency.deviation or 0.0)
         return Cost(
-            latency_us=latency(_terms(total.us, nodes, tensors.file, tensors.activations))
+            latency_us=latency(_terms(total.us, nodes, tensors.file, tensors.activations, tensors.traffic))
             * self.scale
             * self.margins["latency"],
             size_bytes=tensors.file * self.margins["size"],
@@ -235,37 +240,45 @@ def priced(kernels: Iterable[Kernel], prices: PriceList) -> list[Kernel]:
     return [replace(k, mean_us=found[k.key].us, provenance=found[k.key].provenance) for k in executed]
 
 
-def _terms(kernel_sum_us: float, nodes: float, size_bytes: float, activation_bytes: float) -> tuple[float, ...]:
+def _terms(
+    kernel_sum_us: float, nodes: float, size_bytes: float, activation_bytes: float, traffic: float | None
+) -> tuple[float, ...]:
     """What a latency is made of. The same kernel is faster in a smaller model, whose weights and activations are in a
     nearer cache; what prices don't say of that by themselves (`growth.py`) follows the products with the logarithms of
-    both, in units of 1 MB, and with their squares, since caches have ends."""
+    both and of the traffic, in units of 1 MB, and with their squares, since caches have ends."""
     weights, activations = (math.log(max(count, 1e3) / 1e6) for count in (size_bytes, activation_bytes))
-    products = (weights, activations, weights**2, activations**2)
+    moved = math.log(max(traffic, 1e3) / 1e6) if traffic is not None else 0.0
+    products = (weights, activations, weights**2, activations**2, moved, moved**2)
     return (kernel_sum_us, nodes, 1.0, *(kernel_sum_us * product for product in products))
 
 
-def _record_terms(record: ModelRecord) -> tuple[float, ...]:
+def _record_terms(record: ModelRecord, *, traffic_known: bool) -> tuple[float, ...]:
     """Of a measured model, by what its kernels were predicted to take before it was measured, where that is known: what
     its own trace says of its kernels would hide what the correction is to find."""
     foreseen = record.predicted_us if (record.foreseen or 0.0) >= _FORESEEN else None
-    return _terms(foreseen or record.kernel_sum_us, record.nodes, record.size_bytes, record.activation_bytes)
+    sum_us, traffic = foreseen or record.kernel_sum_us, record.traffic_bytes if traffic_known else None
+    return _terms(sum_us, record.nodes, record.size_bytes, record.activation_bytes, traffic)
 
 
 def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
-    """The correction; its error is that of the latest models that were foreseen, each left out of the fit."""
+    """The correction; its error is that of models that were foreseen, each left out of the fit. The stated deviation is
+    the larger of what the median and the 95th percentile say: a few wild ones aren't taken for the rule."""
     usable = [r for r in records if r.kernel_sum_us > 0]
-    found = fit([_record_terms(r) for r in usable], [r.measured_us for r in usable], _LATENCY_PRIOR)
+    # Where one of them doesn't tell, the terms of the traffic are zero in all, and so are their coefficients.
+    known = all(record.traffic_bytes is not None for record in usable)
+    terms = [_record_terms(record, traffic_known=known) for record in usable]
+    found = fit(terms, [record.measured_us for record in usable], _LATENCY_PRIOR)
     foreseen = [(r.foreseen or 0.0) >= _FORESEEN and bool(r.predicted_us) for r in usable]
     errors = [error for known, error in zip(foreseen, found.errors, strict=False) if known]
     if len(errors) < _ENOUGH_CHECKED:
         return replace(found, error=None, worst_error=None, deviation=None)
-    latest = errors[-_CHECKED:]
+    middle, high = np.percentile(errors, [50, 95])
     return replace(
         found,
-        error=float(np.median(latest)),
-        worst_error=max(latest),
-        checked=len(latest),
-        deviation=float(np.sqrt(np.mean(np.square(errors)))),
+        error=float(middle),
+        worst_error=max(errors),
+        checked=len(errors),
+        deviation=float(max(middle / MEDIAN_DEVIATION, high / _TWO_SIDED_95)),
     )
 
 

@@ -130,11 +130,10 @@ class Device:
         answer = self._ask("compare", request, "bursts_us", "runs")
         return {name: timing(answer["bursts_us"][name], answer["runs"][name]) for name in models}
 
-    def trace(self, model: Path, reference: Path) -> Trace:
-        """A model's kernels and the whole, timed in the protocol's rounds, in turns with bursts of `reference`."""
-        rounds = self.profile.header.protocol.trace_rounds
-        request = {"do": "trace", "reference": str(Path(reference).absolute()), "rounds": rounds}
-        answer, graph = self._executed(request, model, "runs", "whole_us", "reference_us")
+    def trace(self, model: Path) -> Trace:
+        """A model's kernels and the whole, timed in the protocol's rounds, in turns with a fixed computation."""
+        request = {"do": "trace", "rounds": self.profile.header.protocol.trace_rounds}
+        answer, graph = self._executed(request, model, "runs", "whole_us", "pace_us")
         return read_trace(answer, graph, discard=self.profile.header.protocol.discard)
 
     def lower(self, model: Path) -> list[RawKernel]:

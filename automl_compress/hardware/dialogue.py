@@ -18,6 +18,8 @@ from automl_compress.hardware.host import HostFacts, host_facts
 # Without any answer or sign of progress for so long, the process counts as hung.
 SILENCE_S = 300.0
 PAUSE_S = 3.0
+# Each of many requests may have to wait for another process; a person needs to hear of it now and then.
+NOTICE_AGAIN_S = 300.0
 
 Notice = Callable[[str], None]
 
@@ -68,7 +70,9 @@ class Dialogue:
     settings: Mapping[str, Any]
     notice: Notice = lambda text: None
     silence_s: float = SILENCE_S
+    clock: Callable[[], float] = time.monotonic
     _channel: Channel | None = field(default=None, init=False)
+    _told: dict[str, float] = field(default_factory=dict, init=False)
 
     def ask(self, what: str, request: Mapping[str, Any], *fields: str) -> dict[str, Any]:
         """One request and its answer, which has these fields. Raises DeviceError where there is none."""
@@ -116,6 +120,12 @@ class Dialogue:
             "the same command goes on from there"
         ) from lost
 
+    def _tell(self, text: str) -> None:
+        now = self.clock()
+        if text not in self._told or now - self._told[text] >= NOTICE_AGAIN_S:
+            self._told[text] = now
+            self.notice(text)
+
     def _exchange(self, channel: Channel, what: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """One request over one connection; whatever goes wrong in between ends the process."""
         try:
@@ -123,7 +133,7 @@ class Dialogue:
             answer = channel.receive(self.silence_s)
             while answer is not None and ("progress" in answer or "notice" in answer):
                 if "notice" in answer:
-                    self.notice(str(answer["notice"]))
+                    self._tell(str(answer["notice"]))
                 answer = channel.receive(self.silence_s)
             return answer
         except TimeoutError as error:

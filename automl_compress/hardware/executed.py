@@ -55,38 +55,40 @@ class RawKernel:
 class Trace:
     """One model as it was measured: its executed nodes in order, and the whole, in microseconds for one sample.
 
-    `whole_us` and `reference_us` are the unprofiled bursts of the model and of its reference, taken in turns; `samples`
-    is how many runs of a round were profiled. What profiling added is taken off the kernels: they add up to the whole.
+    `whole_us` are the unprofiled bursts of the model, `pace_us` what a fixed computation took just before each;
+    `samples` is how many runs of a round were profiled. What profiling added is taken off the kernels: they add up to
+    the whole.
     """
 
     kernels: tuple[RawKernel, ...]
     whole_us: tuple[float, ...]
-    reference_us: tuple[float, ...]
+    pace_us: tuple[float, ...]
 
-    def whole(self, reference_us: float | None) -> tuple[float, float, tuple[float, ...]]:
-        """(median, spread, bursts) of the model; drift is divided out if it is known what the reference takes."""
-        bursts = tuple(us / drift for us, drift in zip(self.whole_us, self.drift(reference_us), strict=True))
+    def whole(self, pace_us: float | None) -> tuple[float, float, tuple[float, ...]]:
+        """(median, spread, bursts) of the model; drift is divided out if it is known what the fixed computation takes
+        where the profile's figures hold."""
+        bursts = tuple(us / drift for us, drift in zip(self.whole_us, self.drift(pace_us), strict=True))
         return (*median_spread(bursts), bursts)
 
-    def drift(self, reference_us: float | None) -> tuple[float, ...]:
+    def drift(self, pace_us: float | None) -> tuple[float, ...]:
         """How much slower than in the profile the machine was, round by round.
 
-        A machine that drifts slows the model and its reference down alike, one that was disturbed for a moment only one
-        of them. So one drift for all rounds counts where it makes the model's rounds agree better.
+        A clock that drifts slows every round down as much as the computation before it; one that was low for a moment
+        only one of them. So one drift for all rounds counts unless drifts by round make the rounds agree better.
         """
-        if not reference_us:
-            return (1.0,) * len(self.reference_us)
-        by_round = tuple(us / reference_us for us in self.reference_us)
+        if not pace_us:
+            return (1.0,) * len(self.pace_us)
+        by_round = tuple(us / pace_us for us in self.pace_us)
         common = (float(np.median(by_round)),) * len(by_round)
 
         def disagreement(drift: tuple[float, ...]) -> float:
             return median_spread([us / slower for us, slower in zip(self.whole_us, drift, strict=True)])[1]
 
-        return min(by_round, common, key=disagreement)
+        return min(common, by_round, key=disagreement)
 
-    def timed(self, reference_us: float | None) -> list[RawKernel]:
+    def timed(self, pace_us: float | None) -> list[RawKernel]:
         """The kernels with drift divided out of their times."""
-        drift = self.drift(reference_us)
+        drift = self.drift(pace_us)
         timed = []
         for kernel in self.kernels:
             bursts = tuple(us / slower for us, slower in zip(kernel.bursts_us, drift, strict=True))
@@ -111,7 +113,7 @@ def read_trace(answer: Mapping[str, Any], optimized: onnx.GraphProto, *, discard
         median, spread = median_spread(bursts)
         samples = int(answer["runs"]) * rounds
         timed.append(replace(kernel, mean_us=median, spread=spread, bursts_us=bursts, samples=samples))
-    return Trace(kernels=tuple(timed), whole_us=tuple(answer["whole_us"]), reference_us=tuple(answer["reference_us"]))
+    return Trace(kernels=tuple(timed), whole_us=tuple(answer["whole_us"]), pace_us=tuple(answer["pace_us"]))
 
 
 def read_lowering(answer: Mapping[str, Any], optimized: onnx.GraphProto) -> list[RawKernel]:

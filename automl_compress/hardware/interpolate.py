@@ -7,7 +7,8 @@ of measured over roofline. Its inputs are the sizes' logarithms, and for each si
 uncertainty says so. (Rasmussen and Williams 2006, chapter 2.)
 
 A kernel's time depends on the model around it, too (`growth.py`): measured times are brought to the profile's typical
-traffic before anything is learned from them, and prices to that of the model which is asked about.
+traffic before anything is learned from them, and prices to that of the model which is asked about. What else it depends
+on is scatter (`scatter.py`), so that a kernel that was measured once or twice is drawn toward what its family says.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from automl_compress.core.budget import Provenance
 from automl_compress.hardware.growth import SMALLEST_US, learn_growth
 from automl_compress.hardware.kernel_key import KernelParts, read_key, traffic_bytes
 from automl_compress.hardware.roofline import work_of
+from automl_compress.hardware.scatter import learn_scatter
 from automl_compress.hardware.schema import KernelRecord
 
 Array = NDArray[np.float64]
@@ -40,6 +42,8 @@ _LARGEST_CHOICE = 200
 # What profiling adds to a kernel is known to about so many microseconds.
 _RESOLUTION_US = 0.2
 _FEW = 3
+# Larger families are looked at neighbourhood by neighbourhood, since the cost grows with the cube.
+_LARGEST_FAMILY = 1500
 # One standard deviation, relative, where only kernels of another family, or none, are known.
 _RELATED_ERROR = 0.4
 # What fusing an addition or an activation into a kernel changes, about.
@@ -80,13 +84,14 @@ class Total:
 class PriceList:
     """Prices of kernels, measured or not, from a profile's measured ones.
 
-    Kernels that were measured have that price. Others are interpolated within their family; where fewer than three of
-    it were measured, among kernels that differ in what was fused into them as well; else they are estimated from all
-    kernels of the same operator, or of any.
+    Kernels that were measured have that price, drawn toward their family's the less often they were seen. Others are
+    interpolated within their family; where fewer than three of it were measured, among kernels that differ in what was
+    fused into them as well; else they are estimated from all kernels of the same operator, or of any.
     """
 
     def __init__(self, kernels: Mapping[str, KernelRecord]) -> None:
         self.growth = learn_growth(kernels.values())
+        self._scatter = learn_scatter(kernels.values(), self.growth)
         self._known = {key: self.growth.typical(record) for key, record in kernels.items()}
         self._prices: dict[str, Price] = {}
         families: dict[str, list[str]] = defaultdict(list)
@@ -99,6 +104,7 @@ class PriceList:
         self._families = families
         self._operators = operators
         self._curves: dict[str, SizeCurve] = {}
+        self._smooth: dict[str, tuple[float, float]] = {}
 
     def __getitem__(self, key: str) -> Price:
         """In a model of the profile's typical traffic."""
@@ -133,7 +139,26 @@ class PriceList:
         record = self._known.get(key)
         if record is None:
             return None
-        return Price(record.mean_us, _error(record), record.provenance)
+        once, family = self._error(record), read_key(key).family
+        if record.provenance != "measured" or len(self._families[family]) <= _FEW:
+            return Price(record.mean_us, once, record.provenance)
+        if key not in self._smooth:
+            keys = self._families[family]
+            self._smooth.update(zip(keys, self._curve(family, keys).at_known(), strict=True))
+        smooth, error = self._smooth[key]
+        # What is the kernel's own of its distance from the curve, and not the measurement's.
+        share = _NOISE**2 / (_NOISE**2 + once**2)
+        us = smooth * math.exp(share * math.log(max(record.mean_us, SMALLEST_US) / smooth))
+        return Price(us, math.hypot(error, math.sqrt(share) * once), record.provenance)
+
+    def _error(self, record: KernelRecord) -> float:
+        """Relative standard deviation of a measured kernel: by how much kernels differ from model to model, by its
+        spread, a range of few rounds, and by the resolution."""
+        if record.provenance == "estimated":
+            return _RELATED_ERROR
+        us = max(record.mean_us, SMALLEST_US)
+        once = max(record.spread / 3, _RESOLUTION_US / us, self._scatter(us))
+        return min(max(once / math.sqrt(record.count), 0.005), 1.0)
 
     def _interpolated(self, key: str) -> Price:
         parts, place = read_key(key), place_of(key)
@@ -158,18 +183,10 @@ class PriceList:
         if name not in self._curves:
             records = [self._known[key] for key in keys]
             times = np.array([max(record.mean_us, SMALLEST_US) for record in records])
-            errors = np.array([_error(record) for record in records])
+            errors = np.array([self._error(record) for record in records])
             whole = name == read_key(keys[0]).core
             self._curves[name] = SizeCurve([place_of(key, core=whole) for key in keys], times, errors)
         return self._curves[name]
-
-
-def _error(record: KernelRecord) -> float:
-    """Relative standard deviation of a measured kernel: by its spread, a range of few rounds, and by the resolution."""
-    if record.provenance == "estimated":
-        return _RELATED_ERROR
-    once = max(record.spread / 3, _RESOLUTION_US / max(record.mean_us, SMALLEST_US))
-    return min(max(once / math.sqrt(record.count), 0.005), 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +230,7 @@ class SizeCurve:
         work = np.array([place.work for place in places])
         # Relative residuals: a kernel of 2 us counts as much as one of 2 ms.
         self._rates, _ = nnls(work / times_us[:, None], np.ones(len(times_us)))
+        self._work = work
         self._residuals = np.log(times_us / self._rooflines(work))
         self._noise = np.hypot(errors, _NOISE)
         self._columns: list[int] | None = None
@@ -241,6 +259,21 @@ class SizeCurve:
         variance = max(_SIGNAL**2 - float(weights @ toward), 0.0) + _NOISE**2
         ratio = float(weights @ self._residuals[near])
         return self.roofline(place) * float(np.exp(ratio)), self._doubt * float(np.sqrt(variance))
+
+    def at_known(self) -> list[tuple[float, float]]:
+        """(microseconds, relative standard deviation) that the family says of each kernel that it was fitted to."""
+        assert self._columns is not None
+        (along, across), count = self._reach, len(self._times)
+        between = _distances(self._logs, self._logs, along) + _distances(self._blocks, self._blocks, across)
+        found = np.zeros((2, count))
+        # Kernels of neighbouring sizes together, where there are too many for one solution.
+        for part in np.array_split(np.argsort(self._logs.sum(axis=1), kind="stable"), 1 + count // _LARGEST_FAMILY):
+            signal = _SIGNAL**2 * np.exp(-0.5 * between[np.ix_(part, part)])
+            weights = np.linalg.solve(signal + np.diag(self._noise[part] ** 2), signal)
+            found[0, part] = self._residuals[part] @ weights
+            found[1, part] = np.sqrt(np.maximum(_SIGNAL**2 - (signal * weights).sum(axis=0), 0.0))
+        us = self._rooflines(self._work) * np.exp(found[0])
+        return list(zip(us.tolist(), found[1].tolist(), strict=True))
 
     def _rooflines(self, work: Array) -> Array:
         floor = max(SMALLEST_US, 0.2 * float(self._times.min()))

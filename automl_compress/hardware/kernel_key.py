@@ -15,6 +15,8 @@ _DIGITS = re.compile(r"\d+")
 _FLOAT_BITS = {"float": 32, "double": 64, "bool": 8}
 FULL_BITS = 32
 BLOCKED = ".nchwc"
+# What a byte of MatMulNBits' weights takes while they are packed, as a multiple of a byte of blocked ones.
+UNPACKED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +115,12 @@ def traffic_bytes(keys: Iterable[str]) -> int:
 
 
 def reordered_bytes(keys: Iterable[str]) -> int:
-    """Bytes of weights that the runtime keeps a second time, in its blocked layout."""
+    """Bytes that the runtime takes for weights in layouts of its own: blocked ones, and those packed for MatMulNBits,
+    on whose way there it unpacks them."""
     parts = [read_key(key) for key in keys]
-    return sum(tensor.bytes for part in parts if part.op.endswith(BLOCKED) for tensor in part.weights)
+    blocked = sum(tensor.bytes for part in parts if part.op.endswith(BLOCKED) for tensor in part.weights)
+    packed = sum(tensor.bytes for part in parts if part.op == "MatMulNBits" for tensor in part.weights)
+    return blocked + UNPACKED * packed
 
 
 def _tensors(text: str) -> tuple[Tensor, ...]:

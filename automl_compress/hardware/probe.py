@@ -6,8 +6,8 @@ that the other side can tell slow from dead). It ends when stdin closes, even in
     {"do": "facts"}
     {"do": "compare", "models": {name: path}, "bursts": 15}          -> {"bursts_us": {name: [...]}, "runs": {name: n}}
     {"do": "lower", "model": path, "optimized": path}                -> {"kernels": [...], "inputs": {name: type}}
-    {"do": "trace", "model": path, "optimized": path, "reference": path, "rounds": 3}
-                                     -> the same, and {"runs": n, "whole_us": [...], "reference_us": [...]}, one a round
+    {"do": "trace", "model": path, "optimized": path, "rounds": 3}
+                                     -> the same, and {"runs": n, "whole_us": [...], "pace_us": [...]}, one a round
     {"do": "memory", "model": path}                                  -> {"peak_bytes": n}, from a fresh process
     {"do": "savings", "model": path, "empty": path, "bursts": 5}
                             -> {"peak_bytes": {way: n}, "empty_bytes": {way: n}, "bursts_us": {way: [...]}, "runs": ...}

@@ -7,8 +7,9 @@ Units are part of the names. No file is opened here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import fmean, median
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -59,6 +60,26 @@ class KernelRecord:
         cut = [self.bursts_us[i * rounds : (i + 1) * rounds] or (self.mean_us,) for i in range(models)]
         return list(zip(cut, self.traffic_bytes, strict=True))
 
+    def without(self, traffic: Collection[int]) -> KernelRecord | None:
+        """As it would be had it not been seen in models of that traffic; None where nothing is left."""
+        seen = self.sightings
+        kept = [(rounds, moved) for rounds, moved in seen if moved not in traffic]
+        if len(kept) == len(seen):
+            return self
+        if not kept:
+            return None
+        means = [median(rounds) for rounds, _ in kept]
+        mean = fmean(means)
+        widest = max(*(max(rounds) - min(rounds) for rounds, _ in kept), max(means) - min(means))
+        return replace(
+            self,
+            mean_us=mean,
+            spread=widest / mean if mean > 0 else 0.0,
+            bursts_us=tuple(us for rounds, _ in kept for us in rounds),
+            traffic_bytes=tuple(moved for _, moved in kept),
+            count=len(kept),
+        )
+
     def merged(self, other: KernelRecord) -> KernelRecord:
         """Two measurements of the same kernel as one; each weighs as often as the kernel was seen."""
         count = self.count + other.count
@@ -84,10 +105,12 @@ def _parts(*records: KernelRecord) -> list[str]:
 class ModelRecord:
     """A whole model: what its kernels add up to beside what it really takes, for fitting and checking predictions.
 
-    `key` is the digest of its structure, `family` that of the model that it was measured beside (and is a variant of),
-    `nodes` counts executed kernels, `reordered_bytes` the weights that the runtime keeps in a layout of its own as well
-    (None in older files), `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
-    predicted before this model was measured, with the share `foreseen` of it from kernels that it had measured.
+    `key` is the digest of its structure, `family` that of the model that it is a variant of, `nodes` counts executed
+    kernels, `reordered_bytes` the weights that the runtime puts into layouts of its own, `traffic_bytes` what all
+    kernels read and write in one run, `pace_us` what a fixed computation takes at the clock that the times refer to
+    (all three None in older files), `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
+    predicts from other models' kernels, or predicted before this model was measured, with the share `foreseen` of it
+    from kernels that it had measured.
     """
 
     __pydantic_config__ = _STRICT
@@ -101,6 +124,8 @@ class ModelRecord:
     size_bytes: Whole
     activation_bytes: Whole
     reordered_bytes: Whole | None = None
+    traffic_bytes: Whole | None = None
+    pace_us: Positive | None = None
     memory_bytes: Whole | None = None
     predicted_us: NotNegative | None = None
     foreseen: NotNegative | None = None

@@ -68,14 +68,24 @@ class Sketch:
     written_numbers: Sequence[int]
     size_terms: tuple[float, ...]
 
+    def value_bytes(self) -> list[float]:
+        """Of each node's value."""
+        return [
+            0.0 if gone else count * (1.0 if small else 4.0)
+            for count, small, gone in zip(self.written_numbers, self.quantized, self.omitted, strict=True)
+        ]
+
+    def moved_bytes(self) -> float:
+        """What all nodes read and write, weights included, were no node fused with another."""
+        users = self.skeleton.users
+        values = sum(size * (1 + len(users[i])) for i, size in enumerate(self.value_bytes()))
+        return values + self.size_terms[0]
+
     def live_bytes(self) -> float:
         """The peak of values that are alive at the same time, were no node fused with another."""
         users = self.skeleton.users
         last = [max(reading, default=len(users)) for reading in users]
-        sizes = [
-            0.0 if gone else count * (1.0 if small else 4.0)
-            for count, small, gone in zip(self.written_numbers, self.quantized, self.omitted, strict=True)
-        ]
+        sizes = self.value_bytes()
         ends: dict[int, float] = {}
         alive = peak = 0.0
         for position, size in enumerate(sizes):

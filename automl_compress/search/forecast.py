@@ -25,10 +25,18 @@ from automl_compress.errors import ExportError
 from automl_compress.hardware.cost import LATENCY_TERMS, CostModel, Tensors, priced
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.fit import Fit
+from automl_compress.hardware.foresee import foresee
 from automl_compress.hardware.interpolate import PriceList
-from automl_compress.hardware.kernel_key import reordered_bytes
+from automl_compress.hardware.kernel_key import UNPACKED, reordered_bytes, traffic_bytes
 from automl_compress.hardware.kernels import Kernel, Lowered
-from automl_compress.hardware.measure import Filled, measure_model, measure_variants, spread_evenly, weigh_models
+from automl_compress.hardware.measure import (
+    Filled,
+    measure_again,
+    measure_model,
+    measure_variants,
+    spread_evenly,
+    weigh_models,
+)
 from automl_compress.hardware.schema import CorrectionRecord
 from automl_compress.hardware.sketch import Sketch
 from automl_compress.hardware.surroundings import Sample, Surroundings
@@ -36,6 +44,7 @@ from automl_compress.progress import Progress, SilentProgress
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.pricing import covering_plans, layer_bytes, random_plan, weight_bytes
 from automl_compress.search.space import SearchSpace
+from automl_compress.techniques.quantization.formats import format_of
 
 # Shares of removed blocks among random plans: few, as a search proposes them, and many.
 _DROP_SHARES = (0.05, 0.15, 0.3)
@@ -59,7 +68,7 @@ class Effort:
 
 
 SEARCH = Effort(pool=24, pool_seconds=6.0, traced=8, target=0.02, checks=0, memories=8)
-PROFILE = Effort(pool=240, pool_seconds=45.0, traced=96, target=0.004, checks=12, memories=20)
+PROFILE = Effort(pool=240, pool_seconds=45.0, traced=96, target=0.004, checks=12, memories=40)
 
 
 class Forecast:
@@ -89,6 +98,7 @@ class Forecast:
         self._size_terms: NDArray[np.float64] = np.zeros(1)
         self._activation_share = 1.0
         self._reordered_share = 0.0
+        self._traffic_share = 1.0
 
     def learn(self, effort: Effort = SEARCH, progress: Progress | None = None) -> Filled:
         """Measure what the space needs and the profile lacks. Returns what was added to the profile.
@@ -106,6 +116,7 @@ class Forecast:
         measured, troubles = self._trace_unknown(pool, effort, show)
         weighed = self._weigh(effort.memories, show)
         if measured:
+            foresee(self.device.profile, {low.key: [k.key for k in low.kernels] for _, low, _ in self._seen.values()})
             self._store_correction()
         self.forget()
         self._surroundings = None
@@ -136,6 +147,7 @@ class Forecast:
             weights=sketch.size_terms[0],
             reordered=self._reordered_share * self._blocked_bytes(sketch),
             activations=self._activation_share * sketch.live_bytes(),
+            traffic=self._traffic_share * sketch.moved_bytes(),
         )
         return self.costs.cost_of(total, nodes, tensors)
 
@@ -188,6 +200,10 @@ class Forecast:
             blocked = sum(self._blocked_bytes(sketch) for sketch in sketches)
             found = sum(reordered_bytes(kernel.key for kernel in lowered.kernels) for lowered, _ in seen)
             self._reordered_share = found / blocked if blocked else 0.0
+            moved = [traffic_bytes(kernel.key for kernel in lowered.kernels) for lowered, _ in seen]
+            self._traffic_share = float(
+                np.median([found / sketch.moved_bytes() for found, sketch in zip(moved, sketches, strict=True)])
+            )
             activations = [lowered.activation_bytes for lowered, _ in seen]
             self._activation_share = float(
                 np.median([found / sketch.live_bytes() for found, sketch in zip(activations, sketches, strict=True)])
@@ -195,11 +211,17 @@ class Forecast:
         return self._surroundings
 
     def _blocked_bytes(self, sketch: Sketch) -> float:
-        """Weights of convolutions that may run in the runtime's blocked layout: those in floating point."""
-        layers, total = self.bench.graph.layer, 0.0
+        """Weights of convolutions that may run in the runtime's blocked layout, which are those in floating point, and
+        what packed weights count for beside them."""
+        layers, executions, total = self.bench.graph.layer, self.bench.executions, 0.0
         for position, name in enumerate(sketch.skeleton.layers):
-            if name is not None and layers[name].kernel and not sketch.integer[position]:
-                total += layer_bytes(layers[name], (sketch.read[position], sketch.written[position], FULL_BITS))
+            if name is None or sketch.integer[position]:
+                continue
+            channels, bits = (sketch.read[position], sketch.written[position]), sketch.bits[position]
+            if format_of(layers[name].kind, bits, executions) == "blocks":
+                total += UNPACKED * layer_bytes(layers[name], (*channels, bits), executions)
+            elif layers[name].kernel:
+                total += layer_bytes(layers[name], (*channels, FULL_BITS))
         return total
 
     def _lower(self, plan: Plan, show: Progress) -> onnx.ModelProto:
@@ -239,6 +261,7 @@ class Forecast:
             for plan in waiting[:_BATCH]:
                 measured += self._measure(plan, prices, troubles, show)
             del waiting[:_BATCH]
+            measure_again(self.device, self.bench.original)
         prices = self.costs.prices
         for plan in checks:
             measured += self._measure(plan, prices, troubles, show)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,7 +81,10 @@ def test_another_networks_overheads_do_not_disturb(device: Device, profile: Devi
     measure_variants(device, VARIANTS)
     alone = CostModel(profile, device, original=VARIANTS[0]).predict(UNSEEN[0])
     measure_variants(device, [chain(512, n, 512, 10) for n in range(256, 512, 32)])
-    assert CostModel(profile, device, original=VARIANTS[0]).predict(UNSEEN[0]) == alone
+    beside = CostModel(profile, device, original=VARIANTS[0]).predict(UNSEEN[0])
+    # What is known of how much kernels differ from model to model rests on all that were seen.
+    assert replace(beside, latency_error=alone.latency_error) == alone
+    assert beside.latency_error == pytest.approx(alone.latency_error, rel=0.1)
     assert CostModel(profile, device).predict(UNSEEN[0]).latency_us == pytest.approx(alone.latency_us, rel=0.05)
 
 

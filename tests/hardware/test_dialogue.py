@@ -9,7 +9,7 @@ import pytest
 
 from automl_compress.errors import DeviceError
 from automl_compress.hardware.channel import ConnectionLost
-from automl_compress.hardware.dialogue import LOCAL, Dialogue, Link
+from automl_compress.hardware.dialogue import LOCAL, NOTICE_AGAIN_S, Dialogue, Link
 from automl_compress.hardware.host import host_facts
 
 LOST = ConnectionLost("the connection to ssh://board was lost")
@@ -106,3 +106,14 @@ def test_this_machine_says_what_it_is_without_a_process() -> None:
         raise AssertionError("nothing to start")
 
     assert Link(name=LOCAL.name, launch=launch).facts() == host_facts()
+
+
+def test_waiting_is_said_once_and_then_rarely() -> None:
+    said: list[str] = []
+    waiting = {"notice": "another process is measuring"}
+    times = iter([0.0, 1.0, NOTICE_AGAIN_S])
+    asking = dialogue(Line(waiting, FINE, waiting, FINE, waiting, FINE), said=said)
+    asking.clock = lambda: next(times)
+    for _ in range(3):
+        asking.ask("trace", {"do": "trace"})
+    assert said == ["another process is measuring"] * 2

@@ -123,7 +123,7 @@ def test_what_profiling_adds_is_taken_off_so_that_kernels_add_up_to_the_whole() 
         "inputs": {"x": "float[8]"},
         "runs": 3,
         "whole_us": [9.5, 19.5],
-        "reference_us": [4, 8],
+        "pace_us": [4, 8],
     }
     trace = read_trace(answer, graph, discard=0.0)
     assert [kernel.bursts_us for kernel in trace.kernels] == [(6.0, 13.0), (3.5, 6.5)]

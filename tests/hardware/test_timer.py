@@ -79,6 +79,26 @@ def test_a_burst_is_not_longer_for_a_process_that_took_the_core_meanwhile() -> N
     assert bursts.burst_us(run, runs=30, discard=0.34, clock=lambda: now[0]) == pytest.approx(1000)
 
 
+@pytest.mark.parametrize(("calm", "expected_us"), [((12, 20), 1000), ((), 3000)])
+def test_runs_that_were_interrupted_do_not_count_unless_all_were(calm: tuple[int, ...], expected_us: float) -> None:
+    """Two processes share the core: most runs take three times as long, and the system says which."""
+    now, done, interrupted = [0.0], [0], [0]
+
+    def run() -> None:
+        done[0] += 1
+        undisturbed = done[0] in calm
+        now[0] += 0.001 if undisturbed else 0.003
+        interrupted[0] += not undisturbed
+
+    found = bursts.burst_us(run, 30, 0.34, clock=lambda: now[0], interrupted=lambda: interrupted[0])
+    assert found == pytest.approx(expected_us)
+
+
+def test_the_pace_is_that_of_the_fastest_repetition() -> None:
+    times = iter([0.0, 5.0, 5.0, 7.0, *[10.0 + 3 * i for i in range(26)]])
+    assert bursts.pace_us(clock=lambda: next(times)) == pytest.approx(2e6)
+
+
 @given(st.floats(min_value=1e-9, max_value=1e4))
 def test_bursts_are_as_long_as_the_protocol_says_unless_a_model_is_slow(one_run_s: float) -> None:
     length = bursts.burst_length(one_run_s, {"burst_seconds": 1.0, "burst_runs": 30})
@@ -87,9 +107,9 @@ def test_bursts_are_as_long_as_the_protocol_says_unless_a_model_is_slow(one_run_
         assert length == 30
 
 
-def test_a_machine_that_slowed_down_is_told_from_a_disturbed_reference() -> None:
-    slowed = Trace(kernels=(), whole_us=(100, 150, 200), reference_us=(10, 15, 20))
-    disturbed = Trace(kernels=(), whole_us=(100, 101, 102), reference_us=(10, 17, 10))
+def test_a_machine_that_slowed_down_is_told_from_a_moments_disturbance() -> None:
+    slowed = Trace(kernels=(), whole_us=(100, 150, 200), pace_us=(10, 15, 20))
+    disturbed = Trace(kernels=(), whole_us=(100, 101, 102), pace_us=(10, 17, 10))
     assert slowed.whole(10)[:2] == (pytest.approx(100), pytest.approx(0))
     assert disturbed.drift(10) == (1, 1, 1)
     assert disturbed.whole(10)[0] == 101

@@ -64,8 +64,8 @@ class TimelessRuntime:
         found = self.lower(request)
         for kernel in found["kernels"]:
             kernel["us"], kernel["steps"] = ((kernel[name] * request["rounds"]) for name in ("us", "steps"))
-        whole = {name: [self._model_us(request[name])] * request["rounds"] for name in ("model", "reference")}
-        return {**found, "runs": 2, "whole_us": whole["model"], "reference_us": whole["reference"]}
+        whole_us = [self._model_us(request["model"])] * request["rounds"]
+        return {**found, "runs": 2, "whole_us": whole_us, "pace_us": [64.0] * request["rounds"]}
 
     def compare(self, request: Mapping[str, Any]) -> dict[str, Any]:
         bursts = {name: [self._model_us(path)] * request["bursts"] for name, path in request["models"].items()}
