@@ -42,8 +42,9 @@ def warnings(profile: DeviceProfile) -> list[str]:
     shaky = sum(model.spread >= UNTRUSTED_SPREAD for model in profile.models)
     if shaky:
         found.append(f"{shaky} of {len(profile.models)} whole models have a spread of {UNTRUSTED_SPREAD:.0%} or more")
-    special = Counter(kernel.conditions for kernel in profile.kernels.values() if kernel.conditions)
-    found += [f"{number} kernels were measured under: {condition}" for condition, number in special.items()]
+    noted = (kernel.conditions.split("; ") for kernel in profile.kernels.values() if kernel.conditions)
+    special = Counter(kind for kinds in noted for kind in set(kinds))
+    found += [f"{number} of {count} kernels were measured under: {kind}" for kind, number in sorted(special.items())]
     for family, fit in profile.corrections.items():
         if fit.error is not None and fit.error > _POOR_FIT:
             found.append(f"correction {family}: models left out are predicted {fit.error:.1%} wrong (median)")

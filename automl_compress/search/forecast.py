@@ -7,8 +7,7 @@ runtime made of others: about a millisecond, with an error of its own that is kn
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -50,25 +49,31 @@ from automl_compress.techniques.quantization.formats import format_of
 _DROP_SHARES = (0.05, 0.15, 0.3)
 _WIDTH_SHARE = 0.6
 _BATCH = 8
+# Lowering a model takes as long as it has nodes and bytes: so many of both, together, are done in a tenth of a second.
+_USUAL_NODES = 400
+_USUAL_BYTES = 40_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How much is measured. `pool`: random plans that are lowered, not measured, at most; `pool_seconds` for that;
-    `traced`: of these, how many at most are measured, those first whose kernels are known least, until in nine of ten
-    what is interpolated adds no more than `target` (relative standard deviation of the sum); `checks`: plans measured
-    at the end to tell how good predictions are; `memories`: models whose memory is measured, small and large ones."""
+    """How much is measured.
+
+    pool      random plans that are lowered, not measured; fewer of a network that is large to lower
+    traced    of these, how many at most are measured, those first whose kernels are known least, until in nine of ten
+              what is interpolated adds no more than `target` (relative standard deviation of the sum)
+    checks    plans measured at the end whatever is known of their kernels
+    memories  models whose memory is measured, small and large ones
+    """
 
     pool: int
-    pool_seconds: float
     traced: int
     target: float
     checks: int
     memories: int
 
 
-SEARCH = Effort(pool=24, pool_seconds=6.0, traced=8, target=0.02, checks=0, memories=8)
-PROFILE = Effort(pool=240, pool_seconds=45.0, traced=96, target=0.004, checks=12, memories=40)
+SEARCH = Effort(pool=24, traced=8, target=0.02, checks=0, memories=8)
+PROFILE = Effort(pool=240, traced=120, target=0.004, checks=12, memories=40)
 
 
 class Forecast:
@@ -85,13 +90,11 @@ class Forecast:
         *,
         seed: int = 0,
         measure: bool = True,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bench, self.space, self.device = bench, space, device
         self.costs = CostModel(device.profile, device, original=bench.original, measure=measure)
         self.variants: list[Plan] = []
         self._seed = seed
-        self._clock = clock
         self._predicted: dict[str, Cost] = {}
         self._seen: dict[str, tuple[Plan, Lowered, int]] = {}
         self._surroundings: Surroundings | None = None
@@ -231,13 +234,15 @@ class Forecast:
         return model
 
     def _pool(self, effort: Effort, show: Progress) -> list[Plan]:
-        """Random plans at any student width, lowered until there are enough or the time is over."""
+        """Random plans at any student width, lowered. Their number doesn't depend on how busy the machine is."""
         rng = np.random.default_rng(self._seed)
         widths = [float(option) for d in self.space.decisions if d.kind == "width" for option in d.options]
-        show.stage("looking at random plans", effort.pool, seconds=effort.pool_seconds)
+        original = self.bench.original
+        labour = max(1.0, len(original.graph.node) / _USUAL_NODES + original.ByteSize() / _USUAL_BYTES)
+        count = max(_BATCH, int(effort.pool / labour))
+        show.stage("looking at random plans", count)
         pool: list[Plan] = []
-        begun = self._clock()
-        while len(pool) < effort.pool and (self._clock() - begun < effort.pool_seconds or len(pool) < _BATCH):
+        while len(pool) < count:
             plan = random_plan(self.space, rng, drop_share=float(rng.choice(_DROP_SHARES)))
             if widths and rng.random() < _WIDTH_SHARE:
                 plan = replace(plan, width=float(rng.choice(widths)))

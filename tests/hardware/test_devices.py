@@ -82,13 +82,14 @@ def test_a_template_means_what_was_measured_for_it_here(make: Make, tmp_path: Pa
 def test_what_cannot_be_trusted_is_said(make: Make) -> None:
     profile = make("home", SHARED)
     assert warnings(profile) == []
-    profile.add_kernels([NOISY, QUICK, replace(SHARED, key="Conv|c", conditions="throttled")])
+    profile.add_kernels([NOISY, QUICK, replace(SHARED, key="Conv|c", conditions="heat; quota")])
     profile.add_corrections([CorrectionRecord(key="m", records=9, error=0.2)])
     assert [kernel.key for kernel in untrusted(profile)] == [NOISY.key]
-    noisy, throttled, fit = warnings(profile)
+    noisy, heat, quota, fit = warnings(profile)
     assert "1 of 4 kernels" in noisy
     assert NOISY.key in noisy
-    assert throttled == "1 kernels were measured under: throttled"
+    assert heat == "1 of 4 kernels were measured under: heat"
+    assert quota == "1 of 4 kernels were measured under: quota"
     assert "20.0% wrong" in fit
     told = overview(profile)
     assert [kernel["kernel"] for kernel in told["slowest"]] == [SHARED.key, "Conv|c", NOISY.key, QUICK.key]

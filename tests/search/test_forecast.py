@@ -20,7 +20,7 @@ from tests.hardware.simulated import FACTS
 from tests.search.campaigns import bench, space
 from tests.search.device import TimelessRuntime
 
-EFFORT = Effort(pool=48, pool_seconds=1e9, traced=32, target=0.01, checks=6, memories=3)
+EFFORT = Effort(pool=48, traced=32, target=0.01, checks=6, memories=3)
 
 
 @pytest.fixture(scope="module")
