@@ -14,6 +14,8 @@ _CHANNELS = re.compile(r"\b(g|channels=|[KN]=)(\d+)")
 _DIGITS = re.compile(r"\d+")
 _FLOAT_BITS = {"float": 32, "double": 64, "bool": 8}
 FULL_BITS = 32
+_VECTOR = 4
+_FEWEST_VECTORIZED = 16
 BLOCKED = ".nchwc"
 # What a byte of MatMulNBits' weights takes while they are packed, as a multiple of a byte of blocked ones.
 UNPACKED = 4
@@ -48,7 +50,8 @@ class KernelParts:
     op       executed operator with its layout, e.g. "Conv.nchwc"; `name` is the operator alone
     inputs, outputs    activations; `weights`: constants with more than one dimension
     details  geometry, attributes, what was fused
-    family   the key with every size taken out: kernels of one family differ in nothing but `sizes`
+    family   the key with every size taken out: kernels of one family differ in nothing but `sizes`, and are computed by
+             the same algorithm
     core     the family without what was fused into the kernel; kernels of one core that read one value more or less
              (an addition) have `core_sizes` of equal number
     """
@@ -93,6 +96,8 @@ def read_key(key: str) -> KernelParts:
         part = _TENSOR.sub(lambda m: f"{m[1]}[{m[2].count(',') + 1 if m[2] else 0}]", part)
         # A convolution with groups is another algorithm than one without.
         family.append(_CHANNELS.sub(lambda m: f"{m[1]}{'1' if m[0] == 'g1' else 'N'}", part))
+    if _ragged(op, " gN" in "|".join(family), _tensors(weights)):
+        family.append("ragged")
     tensors = (*_tensors(before)[:1], *_tensors(after)[:1], *_tensors(weights)[:1])
     geometry = next((part for part in family if part.startswith("k") and " s" in part), "")
     kinds = ",".join(f"{tensor.dtype}[{len(tensor.shape)}]" for tensor in tensors)
@@ -107,6 +112,16 @@ def read_key(key: str) -> KernelParts:
         core="|".join((op.replace("Fused", ""), kinds, geometry)),
         core_sizes=tuple(size for tensor in tensors for size in tensor.shape),
     )
+
+
+def _ragged(op: str, grouped: bool, weights: tuple[Tensor, ...]) -> bool:
+    """Whether an integer convolution can't be computed in whole vectors: it takes up to three times as long then, and
+    is another algorithm. At 48x48 positions, 12 to 72 channels take 27 us, 9 to 72 take 74 us; most is for the outputs.
+    """
+    if not op.startswith("QLinearConv") or grouped or not weights or len(weights[0].shape) < 2:
+        return False
+    written, read = weights[0].shape[:2]
+    return bool(written % _VECTOR or read % _VECTOR) or written < _FEWEST_VECTORIZED
 
 
 def traffic_bytes(keys: Iterable[str]) -> int:
