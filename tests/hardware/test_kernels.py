@@ -10,6 +10,7 @@ from onnx import helper, numpy_helper
 
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.executed import RawKernel, read_lowering, read_trace
+from automl_compress.hardware.kernel_key import read_key
 from automl_compress.hardware.kernels import Lowered, kernels_of, key_of, layer_nodes, live_bytes, structure_digest
 from tests.hardware.simulated import chain
 
@@ -171,3 +172,15 @@ def test_a_structure_is_lowered_once(device: Device, tmp_path: Path) -> None:
     assert device.requests == {"lower": 1}
     assert all(kernel.mean_us is None for kernel in first.kernels)
     assert [kernel.layer for kernel in first.kernels] == ["fc0", "fc0", "fc1"]
+
+
+@pytest.mark.parametrize(("read", "written", "fits"), [(8, 72, True), (10, 72, False), (8, 42, False), (8, 12, False)])
+def test_integer_convolutions_that_do_not_fill_vectors_are_a_family_of_their_own(
+    read: int, written: int, fits: bool
+) -> None:
+    def family(op: str, kind: str, read: int, written: int) -> str:
+        weight = f"w {kind}[{written},{read},1,1]"
+        return read_key(f"{op}|{kind}[1,8,8,{read}]>{kind}[1,8,8,{written}]|{weight}|k1x1 s1x1 p0 g1").family
+
+    assert (family("QLinearConv", "int8", read, written) == family("QLinearConv", "int8", 64, 64)) == fits
+    assert family("Conv", "float", read, written) == family("Conv", "float", 64, 64)
