@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import mul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,16 @@ class Skeleton:
                 if source >= 0:
                     found[source].append(position)
         return tuple(tuple(users) for users in found)
+
+    @cached_property
+    def readings(self) -> tuple[int, ...]:
+        """How often each node's value is written or read."""
+        return tuple(1 + len(users) for users in self.users)
+
+    @cached_property
+    def last_users(self) -> tuple[int, ...]:
+        """Position of the last node that reads each node's value; that of the end for those that nothing reads."""
+        return tuple(max(users, default=len(self.ops)) for users in self.users)
 
     @cached_property
     def position(self) -> dict[str, int]:
@@ -68,6 +79,7 @@ class Sketch:
     written_numbers: Sequence[int]
     size_terms: tuple[float, ...]
 
+    @cached_property
     def value_bytes(self) -> list[float]:
         """Of each node's value."""
         return [
@@ -77,15 +89,12 @@ class Sketch:
 
     def moved_bytes(self) -> float:
         """What all nodes read and write, weights included, were no node fused with another."""
-        users = self.skeleton.users
-        values = sum(size * (1 + len(users[i])) for i, size in enumerate(self.value_bytes()))
-        return values + self.size_terms[0]
+        moved: float = sum(map(mul, self.value_bytes, self.skeleton.readings))
+        return moved + self.size_terms[0]
 
     def live_bytes(self) -> float:
         """The peak of values that are alive at the same time, were no node fused with another."""
-        users = self.skeleton.users
-        last = [max(reading, default=len(users)) for reading in users]
-        sizes = self.value_bytes()
+        last, sizes = self.skeleton.last_users, self.value_bytes
         ends: dict[int, float] = {}
         alive = peak = 0.0
         for position, size in enumerate(sizes):

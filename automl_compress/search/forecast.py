@@ -221,7 +221,7 @@ class Forecast:
             if name is None or sketch.integer[position]:
                 continue
             channels, bits = (sketch.read[position], sketch.written[position]), sketch.bits[position]
-            if format_of(layers[name].kind, bits, executions) == "blocks":
+            if bits != FULL_BITS and format_of(layers[name].kind, bits, executions) == "blocks":
                 total += UNPACKED * layer_bytes(layers[name], (*channels, bits), executions)
             elif layers[name].kernel:
                 total += layer_bytes(layers[name], (*channels, FULL_BITS))
