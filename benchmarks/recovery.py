@@ -31,13 +31,13 @@ class Recipe:
 
     losses    what is learned, as --distillation writes it
     mode      the way to the plan, as --recovery writes it
-    repair    whether the cut model's weights are refitted by least squares before
+    repair    whether the cut model's weights are refitted by least squares before; None: as the product decides
     rounding  share of the epochs, at the end, that are trained with rounding
     """
 
     losses: str | None = None
     mode: str = "fine-tune"
-    repair: bool = True
+    repair: bool | None = None
     rounding: float = 0.0
 
 
@@ -48,10 +48,10 @@ RECIPES = {
     "soft labels and features": Recipe(losses="soft+features"),
     "cross-entropy": Recipe(losses="task"),
     "gradual": Recipe(mode="gradual"),
-    "default without repair": Recipe(repair=False),
+    "default with repair before": Recipe(repair=True),
     "soft labels and mixtures": Recipe(losses="soft+mixed"),
     "default with rounding at the end": Recipe(rounding=1 / 6),
-    "cross-entropy without repair": Recipe(losses="task", repair=False),
+    "cross-entropy with repair before": Recipe(losses="task", repair=True),
 }
 
 
@@ -168,11 +168,13 @@ class Laboratory:
 
     def _job(self, recipe: Recipe, plan: Any, weights: Path, seed: int) -> Any:
         from automl_compress.recovery.job import Job
+        from automl_compress.recovery.start import starting_model
         from automl_compress.search.candidate import rebuild
         from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
         from automl_compress.techniques.distillation.objective import Distillation
         from automl_compress.techniques.distillation.pairing import pair_layers
         from automl_compress.techniques.prune import apply_plan
+        from automl_compress.techniques.training.data import batches_in
         from automl_compress.techniques.training.settings import Training
 
         def objective(followed: Any) -> Distillation:
@@ -180,11 +182,13 @@ class Laboratory:
             return Distillation(self.task, self.bench.teacher, parse_losses(recipe.losses or DEFAULT), pairs)
 
         def make(followed: Any, whole: Any) -> Any:
-            if not recipe.repair:
-                return apply_plan(whole, self.graph, followed).eval()
-            if whole is self.bench.teacher and followed == plan:
-                return rebuild(self.bench, plan, weights)
-            return self.bench.students.make(followed, whole).model
+            if whole is not self.bench.teacher or followed != plan:
+                return self.bench.students.make(followed, whole).model
+            repaired = rebuild(self.bench, plan, weights)
+            if recipe.repair is not None:
+                return repaired if recipe.repair else apply_plan(whole, self.graph, followed).eval()
+            steps = self.epochs * batches_in(self.task)
+            return starting_model(repaired, whole, self.graph, plan, steps)
 
         return Job(
             task=self.task,

@@ -21,6 +21,7 @@ from automl_compress.model.surgery import copy_model
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.start import starting_model
 from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.evaluate import Workbench
@@ -149,8 +150,10 @@ class Recovery:
         bench = self._bench
 
         def make(other: Plan, whole: nn.Module) -> nn.Module:
-            made = whole is bench.teacher and other == plan
-            return student if made else bench.students.make(other, whole).model
+            if whole is bench.teacher and other == plan:
+                steps = schedule.epochs * batches_in(bench.task)
+                return starting_model(student, whole, bench.graph, plan, steps)
+            return bench.students.make(other, whole).model
 
         return Job(
             task=bench.task,
