@@ -34,6 +34,7 @@ from automl_compress.techniques.quantization.placement import (
     data_inputs,
     place,
     scale_and_zero_point,
+    too_coarse,
 )
 from automl_compress.techniques.quantization.storage import as_matrix
 from automl_compress.techniques.quantization.tune import Quantization, with_tensors
@@ -95,11 +96,16 @@ class FakeQuantized(OnnxModule):
         self._layers: dict[str, _Layer] = {}
         self._values: dict[str, str] = {}
         self._zeros: dict[str, float] = {}
+        # Value whose steps are too coarse for its bend -> the least that they may become in training.
+        self._coarse: dict[str, float] = {}
         for name in self.placement.roots:
             low, high = found.ranges[name]
             if name in self.placement.omitted:
                 low, high = 0.0, min(max(high, 0.0), self.placement.omitted[name])
-            scale, zero = scale_and_zero_point(low, high, self.placement.bends.get(name, 0.0))
+            bend = self.placement.bends.get(name, 0.0)
+            scale, zero = scale_and_zero_point(low, high, bend)
+            if bend and too_coarse(float(scale), bend):
+                self._coarse[name] = bend * 1.001
             self._values[name], self._zeros[name] = f"s{len(self._values)}", float(zero)
             self.register_parameter(self._values[name], nn.Parameter(torch.tensor(float(scale))))
         formats = layer_formats(self.view, bits, executions)
@@ -140,7 +146,7 @@ class FakeQuantized(OnnxModule):
                 arguments = [steps[node.input[0]], *(self.read(plain, name) for name in node.input[1:])]
                 steps.update(zip(node.output, self._moved(node, arguments), strict=False))
             elif node.output[0] in self.placement.rescaled:
-                steps[node.output[0]] = self.run_node(node, [steps[node.input[0]]])[0]
+                steps[node.output[0]] = self._rescaled(node, steps[node.input[0]])
             else:
                 carried = set(data_inputs(node)) if node.output[0] in self.placement.integer else set()
                 arguments = [steps[n] if n in carried else self._float(plain, steps, n) for n in node.input]
@@ -189,6 +195,8 @@ class FakeQuantized(OnnxModule):
 
     def _scale(self, name: str) -> Tensor:
         scale: Tensor = getattr(self, self._values[name]).clamp_min(_SMALLEST)
+        if name in self._coarse:
+            return scale.clamp_min(self._coarse[name])
         bend = self.placement.bends.get(name)
         if bend is not None:
             whole = float(bent(float(scale.detach()), bend, most=self._zeros[name]))
@@ -200,6 +208,12 @@ class FakeQuantized(OnnxModule):
     def _value(self, name: str, value: Tensor) -> Tensor:
         factor = 1 / math.sqrt(max(value[:1].numel(), 1) * 255)
         return fake_quantized(value, _with_gradient_scale(self._scale(name), factor), self._zeros[name], 0, 255)
+
+    def _rescaled(self, node: onnx.NodeProto, steps: Tensor) -> Tensor:
+        """A hard sigmoid of integers; it is rounded only where their steps are too coarse to make it exact."""
+        gate: Tensor = self.run_node(node, [steps])[0]
+        exact = self.placement.root(node.input[0]) not in self._coarse
+        return gate if exact else fake_quantized(gate, torch.tensor(1 / 255), 0.0, 0, 255)
 
     def _moved(self, node: onnx.NodeProto, arguments: list[Any]) -> list[Any]:
         """A moving operator's outputs, its constants at the steps of its input, as the integers have them."""

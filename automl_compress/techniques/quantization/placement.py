@@ -9,7 +9,8 @@
   themselves and shares their scale, so nothing depends on what the runtime manages to fuse;
 * a batch-norm between integers and an int8 convolution, as a convolution of every channel for itself;
 * a gate's factor. A hard sigmoid is a clamp of integers that are then read with another scale and zero point; it is
-  exact where its lower bend lies on a step, so its input's scale is chosen like that. A sigmoid has a table.
+  exact where its lower bend lies on a step, so its input's scale is chosen like that. Of values so large that a step is
+  longer than that, it's computed in floating point. A sigmoid has a table.
 
 An activation that only clamps (Relu, Clip from 0) between a layer and its Quantize node is left out: saturation at the
 zero point does the same.
@@ -237,9 +238,12 @@ def scale_and_zero_point(low: float, high: float, bend: float = 0.0) -> tuple[np
     """Scale and zero point of uint8 for [low, high], widened to contain 0 so that 0 is exact. A range of
     (nearly) 0 gets scale 1.
 
-    With a `bend` the range is widened to contain minus that, too, and the scale so that it is a whole number of steps.
+    With a `bend` the range is widened to contain minus that, too, and the scale so that it is a whole number of steps,
+    unless even one step is `too_coarse` for that.
     """
-    low, high = min(low, -bend, 0.0), max(high, 0.0)
+    low, high = min(low, 0.0), max(high, 0.0)
+    bend = 0.0 if too_coarse((high - low) / 255, bend) else bend
+    low = min(low, -bend)
     scale = np.float32((high - low) / 255)
     if not np.isfinite(scale) or scale < _SMALLEST_SCALE:
         scale = np.float32(1.0)
@@ -248,7 +252,13 @@ def scale_and_zero_point(low: float, high: float, bend: float = 0.0) -> tuple[np
     return scale, np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255))
 
 
+def too_coarse(scale: float, bend: float) -> bool:
+    """Whether a step is longer than the bend, so that no step can lie on it."""
+    return scale > bend * (1 + 1e-5)
+
+
 def bent(scale: float, bend: float, most: float = 255.0) -> np.float32:
-    """The next larger scale of which `bend` is a whole number of steps, at most `most`."""
+    """The next larger scale of which `bend` is a whole number of steps, at most `most`; `bend` itself where that is the
+    largest."""
     # A scale that already is one must come back as it was, whatever its last bit.
     return np.float32(bend / min(max(1.0, np.floor(bend / scale * (1 + 1e-5))), most))

@@ -26,6 +26,7 @@ from automl_compress.techniques.quantization.placement import (
     input_channels,
     place,
     scale_and_zero_point,
+    too_coarse,
 )
 from automl_compress.techniques.quantization.storage import Constants, LayerWriter
 from automl_compress.techniques.quantization.weights import QuantizedWeight
@@ -230,12 +231,19 @@ class _Rewriter:
     def _rescaling(self, node: onnx.NodeProto) -> None:
         """A hard sigmoid: the input's integers between its bends, read with its slope and from its lower bend."""
         source, output = node.input[0], node.output[0]
-        slope, low = float(attribute(node, "alpha", 0.2)), self._step(source, -bend_of(node))
-        scale = float(self.scales[self.placement.root(source)][0]) * slope
-        self.scales[output] = np.float32(scale), np.uint8(low)
-        high = self._step(source, 1 / slope - bend_of(node))
-        bounds = [self.constants.add(f"u8_{step}", np.uint8(step)) for step in (low, high)]
-        self._add("Clip", [f"{source}_q", *bounds], f"{output}_q")
+        slope, step = float(attribute(node, "alpha", 0.2)), float(self.scales[self.placement.root(source)][0])
+        if too_coarse(step, bend_of(node)):
+            self.scales[output] = np.float32(1 / 255), np.uint8(0)
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.input[0] = self._dequantize(source)
+            self.new.append(copy)
+            self._quantize(output, output)
+            return
+        bounds = [self._step(source, number) for number in (-bend_of(node), 1 / slope - bend_of(node))]
+        self.scales[output] = np.float32(step * slope), np.uint8(bounds[0])
+        names = [self.constants.add(f"u8_{bound}", np.uint8(bound)) for bound in bounds]
+        self._add("Clip", [f"{source}_q", *names], f"{output}_q")
 
     def _clamp(self, copy: onnx.NodeProto, node: onnx.NodeProto) -> None:
         bounds = clamp_bounds(node, self.view)

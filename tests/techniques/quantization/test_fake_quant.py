@@ -124,6 +124,27 @@ def test_a_scale_that_a_hard_sigmoid_needs_stays_one_while_it_learns() -> None:
     assert getattr(module, module._values[value]).grad.abs() > 0
 
 
+@pytest.mark.parametrize("factor", [1, 30, 60, 100, 1000])
+def test_a_hard_swish_of_large_values_is_as_near_as_of_small_ones(factor: float) -> None:
+    model, bits, x = between_convs(STAYS_INTEGER["hard swish"]), dict.fromkeys("abc", 8), data(rows=8, seed=3)
+    for stored in model.graph.initializer:
+        if stored.name.startswith("c."):
+            stored.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(stored) * factor, stored.name))
+    found = found_for(model, bits, INTEGER)
+    module, low = FakeQuantized(model, bits, found, INTEGER), quantized(model, bits, found, INTEGER)
+    wanted = run(model, x)
+    assert np.abs(run(low, x) - wanted).max() < 0.05 * np.abs(wanted).max()
+    assert deviation(module, low, x) < 0.02
+    (value,) = module.placement.bends
+    for change in (1.1, 0.01):
+        with torch.no_grad():
+            getattr(module, module._values[value]).mul_(change)
+        low = quantized(model, bits, module.quantization(), INTEGER)
+        stored_scale = next(i for i in low.graph.initializer if i.name == f"{value}_scale")
+        assert onnx.numpy_helper.to_array(stored_scale) == np.float32(module._scale(value).detach())
+        assert deviation(module, low, x) < 0.02
+
+
 def test_the_gradient_of_a_scale_is_that_of_the_paper() -> None:
     value = torch.tensor([0.26, -0.9, 5.0, -7.0])
     scale = torch.tensor(0.5, requires_grad=True)
