@@ -10,13 +10,10 @@ import onnx
 import onnxruntime
 
 from automl_compress.errors import ExportError
+from automl_compress.hardware.refusal import way_out
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3
-_NEW_TYPES = {
-    2: {onnx.TensorProto.INT2, onnx.TensorProto.UINT2},
-    4: {onnx.TensorProto.INT4, onnx.TensorProto.UINT4},
-}
 
 
 class OnnxModel:
@@ -54,19 +51,9 @@ def open_session(model: onnx.ModelProto | Path, options: onnxruntime.SessionOpti
     try:
         return onnxruntime.InferenceSession(source, options, providers=_PROVIDERS)
     except Exception as error:
-        raise ExportError(f"ONNX Runtime refuses the model: {first_line(error)}{_way_out(model)}") from error
-
-
-def _way_out(model: onnx.ModelProto | Path) -> str:
-    """What to do where the reason may be a type of numbers that this runtime doesn't know."""
-    if isinstance(model, Path):
-        return ""
-    kinds = {tensor.data_type for tensor in model.graph.initializer}
-    names = [f"{bits} bits" for bits, types in _NEW_TYPES.items() if kinds & types]
-    if not names:
-        return ""
-    lacking = f"if it lacks {' and '.join(names)}, leave them out of the search space"
-    return f" (onnxruntime {onnxruntime.__version__}; {lacking})"
+        advice = way_out([model])
+        advice = advice and f" (onnxruntime {onnxruntime.__version__}; {advice})"
+        raise ExportError(f"ONNX Runtime refuses the model: {first_line(error)}{advice}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -27,9 +27,11 @@ from automl_compress.hardware.executed import RawKernel, Trace, read_lowering, r
 from automl_compress.hardware.host import HostFacts
 from automl_compress.hardware.kernels import Lowered, kernels_of, live_bytes, structure_digest
 from automl_compress.hardware.profile import DeviceProfile
+from automl_compress.hardware.refusal import way_out
 from automl_compress.hardware.timer import timing
 
 _FEW_BURSTS = 7
+_REFUSES = "ONNXRuntimeError"  # in every message of a runtime that can't load or run a model
 
 
 class Device:
@@ -194,7 +196,14 @@ class Device:
 
     def _ask(self, what: str, request: Mapping[str, Any], *fields: str) -> dict[str, Any]:
         self.requests[what] += 1
-        answer = self._dialogue.ask(what, request, *fields)
+        try:
+            answer = self._dialogue.ask(what, request, *fields)
+        except DeviceError as error:
+            models = [*request.get("models", {}).values(), *filter(None, [request.get("model")])]
+            advice = way_out(map(Path, models)) if _REFUSES in str(error) else ""
+            if not advice:
+                raise
+            raise DeviceError(f"{error} (the device's runtime refuses the model; {advice})") from error
         self.conditions = answer.get("conditions", self.conditions)
         return answer
 

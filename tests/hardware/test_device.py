@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from automl_compress.errors import DeviceError
@@ -96,6 +97,22 @@ def test_the_process_knows_the_profile_and_starts_when_it_is_needed(profile: Dev
     assert len(launched) == 1
     assert launched[0]["threads"] == profile.threads
     assert launched[0]["burst_runs"] == 30
+
+
+def test_what_the_runtime_refuses_is_named_with_the_bits_that_it_may_lack(profile: DeviceProfile) -> None:
+    refused = {"ok": False, "error": "NotImplemented: [ONNXRuntimeError] : 9 : no DequantizeLinear(25)"}
+    model = chain(4, 8)
+    for kind in (onnx.TensorProto.UINT2, onnx.TensorProto.INT8):
+        model.graph.initializer.append(onnx.TensorProto(name=str(kind), data_type=kind))
+    device, _ = asking(profile, refused, refused, refused, {"ok": False, "error": "the disk is full"})
+    with device, device.saved(model) as path, device.saved(chain(4, 8)) as plain:
+        with pytest.raises(DeviceError, match=r"^lower failed.*if it lacks 2 or 8 bits, leave them out of the search"):
+            device.lower(path)
+        with pytest.raises(DeviceError, match="if it lacks 2 or 8 bits"):
+            device.compare({"plain": plain, "low": path})
+        for text in ("25\\)$", "full$"):
+            with pytest.raises(DeviceError, match=text):
+                device.lower(plain if text[0] == "2" else path)
 
 
 def test_compared_models_have_aligned_bursts(device: Device) -> None:
