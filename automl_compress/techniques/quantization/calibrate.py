@@ -70,7 +70,8 @@ def observe(
             part = {name: np.ascontiguousarray(array[start : start + step]) for name, array in batch.items()}
             for name, values in zip(tensors, session.run(list(tensors), part), strict=True):
                 if not np.isfinite(values).all():
-                    raise InputError(f"calibration: {name!r} is NaN or infinite for a sample; check data and model")
+                    way_out = "leave such samples out" + ("" if name in part else ", or layers around it in 32 bits")
+                    raise InputError(f"calibration: {name!r} is NaN or infinite for a training sample; {way_out}")
                 observers[name].update(values)
         seen += rows
     if not seen:

@@ -312,7 +312,7 @@ def test_values_that_are_not_finite_are_named(bad: float) -> None:
     x = data()
     x[3, 0, 0, 0] = bad
     model = between_convs(_pad)
-    with pytest.raises(InputError, match="'x' is NaN or infinite"):
+    with pytest.raises(InputError, match="'x' is NaN or infinite for a training sample; leave such samples out"):
         calibrate(model, [{"x": x}], activation_tensors(model, {"a": 8}))
 
 
