@@ -75,7 +75,8 @@ class LayerWriter:
         factor = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
         weight = factor.astype(np.float32).reshape(-1, *[1] * (rank - 1))
         bias = (shift - mean * factor).astype(np.float32)
-        convolution = helper.make_node("Conv", node.input[:1], node.output[:1], name=node.name, group=len(factor))
+        name = node.name or node.output[0]  # constants are named after it
+        convolution = helper.make_node("Conv", node.input[:1], node.output[:1], name=name, group=len(factor))
         found = nearest(as_matrix(weight, 0), 8, "integer")
         return self._integer(convolution, weight, 0, bias, found, source, input_scale)
 

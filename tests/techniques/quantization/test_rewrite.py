@@ -88,11 +88,13 @@ STAYS_INTEGER: dict[str, Callable[[Builder, str], str]] = {
 }
 
 
-def _batch_norm(b: Builder, v: str) -> str:
-    random = np.random.default_rng(3)
+def _batch_norm(b: Builder, v: str, seed: int = 3) -> str:
+    random = np.random.default_rng(seed)
     numbers = {"scale": random.normal(size=CHANNELS), "shift": random.normal(size=CHANNELS)}
     numbers |= {"mean": random.normal(size=CHANNELS), "variance": random.uniform(0.5, 2, CHANNELS)}
-    return b.node("BatchNormalization", v, *(b.constant(k, x.astype(np.float32)) for k, x in numbers.items()))
+    return b.node(
+        "BatchNormalization", v, *(b.constant(f"{k}{seed}", x.astype(np.float32)) for k, x in numbers.items())
+    )
 
 
 def _gated(b: Builder, v: str, gate: str, **attributes: float) -> str:
@@ -212,6 +214,16 @@ def test_products_with_constant_weights_run_as_integer_kernels() -> None:
     operators = executed(low)
     assert "MatMul" not in operators
     assert sum(operator in ("MatMulIntegerToFloat", "QLinearMatMul") for operator in operators) == 2
+
+
+def test_batch_norms_without_names_keep_their_weights_apart() -> None:
+    b = Builder()
+    first = b.conv(_batch_norm(b, b.node("Add", b.conv("x", "a"), "x")), "b")
+    model = b.model(b.conv(_batch_norm(b, b.node("Add", first, "x"), seed=4), "c"))
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization":
+            node.name = ""
+    assert_same(model, quantized(model, {"a": 8, "b": 8, "c": 8}))
 
 
 def test_a_gate_is_quantized_where_its_product_is_needed_in_integers() -> None:
