@@ -7,8 +7,8 @@ true labels count for the rest of the batch alone. Of a share c of the one and 1
 * half are blended, c x + (1 - c) x' everywhere,
 * half are pasted: x, but x' inside of a box with 1 - c of the area (a stretch of a signal).
 
-What is pasted looks like the data in all but the box's edges, what is blended lies between them; each alone teaches
-less than both (`benchmarks/RESULTS.md`). Sources: Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; Beyer et al.
+What is pasted looks like the data in all but the box's edges, what is blended lies between them. What mixtures are
+worth is in `benchmarks/RESULTS.md`. Sources: Zhang et al. 2018, "mixup"; Yun et al. 2019, "CutMix"; Beyer et al.
 2022, "Knowledge distillation: A good teacher is patient and consistent" (mixtures as a way to match functions).
 """
 
