@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from automl_compress.core.budget import Provenance
+from automl_compress.core.budget import Cost, Provenance
 from automl_compress.core.plan import Plan
 
 Status = Literal["met", "estimated", "infeasible", "interrupted"]
@@ -53,6 +53,16 @@ class Figures:
     compressed_bytes: int | None = None
     plan: Plan | None = None
     note: str = ""
+
+    @property
+    def cost(self) -> Cost:
+        """What budgets are held against."""
+        return Cost(
+            latency_us=self.latency_us,
+            size_bytes=self.size_bytes,
+            memory_bytes=self.memory_bytes,
+            provenance=self.provenance,
+        )
 
     def to_json(self) -> dict[str, Any]:
         data = {k: v for k, v in asdict(self).items() if k not in ("plan",) and v not in (None, "")}

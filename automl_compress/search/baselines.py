@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -108,21 +108,20 @@ def compare(
     may_train  False where a time limit leaves nothing for that
     stop       asked before every evaluation and every recovery: no time is left for another
     """
-    search = tuple(float(trial.values[0]) for trial in searched(campaign))
-    rivals = find_rivals(campaign, effort, search, stop)
+    found = find_rivals(campaign, effort, stop)
     candidates: dict[str, Candidate] = {}
     distilled = set()
-    best = max(search, default=float("-inf"))
+    best = max(found.search, default=float("-inf"))
     # Two baselines may come to one plan, which is then one model.
-    trained = {campaign.space.plan_key(r.plan) for r in rivals if r.plan is not None and _worth_training(r, best)}
-    for rival in rivals if effort != "none" else ():
+    trained = {campaign.space.plan_key(r.plan) for r in found.rivals if r.plan is not None and _worth_training(r, best)}
+    for rival in found.rivals if effort != "none" else ():
         if rival.plan is None or stop():
             continue
         worth = effort == "full" or campaign.space.plan_key(rival.plan) in trained
         candidates[rival.name] = recover(rival.plan, may_train and worth)
         if may_train and worth:
             distilled.add(rival.name)
-    return Baselines(rivals=rivals, search=search, candidates=candidates, distilled=frozenset(distilled))
+    return replace(found, candidates=candidates, distilled=frozenset(distilled))
 
 
 def _worth_training(rival: Rival, best: float) -> bool:
@@ -131,10 +130,9 @@ def _worth_training(rival: Rival, best: float) -> bool:
     return not rival.is_searched or (rival.metric is not None and rival.metric > best)
 
 
-def find_rivals(
-    campaign: Campaign, effort: str, search: tuple[float, ...], stop: Callable[[], bool] = lambda: False
-) -> tuple[Rival, ...]:
-    """All baselines but the original, evaluated one-shot."""
+def find_rivals(campaign: Campaign, effort: str, stop: Callable[[], bool] = lambda: False) -> Baselines:
+    """All baselines but the original, evaluated one-shot beside the search; none is recovered."""
+    search = tuple(float(trial.values[0]) for trial in searched(campaign))
     store = _Evaluations(campaign, campaign.folder.file(_FILE))
     found = []
     for name, plan in campaign.seeds().items():
@@ -144,7 +142,7 @@ def find_rivals(
             found.append(Rival(name=name, plan=plan, metric=metric, fits=fits))
     count = _evaluations(effort, len(search))
     if count == 0:
-        return tuple(found)
+        return Baselines(rivals=tuple(found), search=search)
     campaign.progress.stage("evaluating the baselines", 2 * count)
     market = Market(
         space=campaign.space,
@@ -159,7 +157,7 @@ def find_rivals(
     route, metric, tried = prune_then_quantize(market, count, store, stop)
     if route is not None or tried:
         found.append(Rival(name=CLASSIC, plan=route, metric=metric, evaluations=tried, fits=route is not None))
-    return tuple(found)
+    return Baselines(rivals=tuple(found), search=search)
 
 
 def _evaluations(effort: str, searched: int) -> int:

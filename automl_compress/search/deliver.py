@@ -44,7 +44,7 @@ class Verified:
     @property
     def cost(self) -> Cost:
         """What the delivered model took."""
-        return _cost(self.delivered)
+        return self.delivered.cost
 
     def beside(self, original: Cost) -> Cost:
         """The same at the speed that the machine had when the search measured the original."""
@@ -118,7 +118,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
         original=original,
         delivered=delivered,
         baselines=figures,
-        budget=Budget.resolve(campaign.limits, _cost(original)),
+        budget=Budget.resolve(campaign.limits, original.cost),
         layers=layer_rows(campaign, candidate.plan, executed, zeros)
         if candidate.width is None
         else own_rows(bench.graph, candidate.plan, candidate.width, executed),
@@ -153,15 +153,6 @@ def _about_masks(original: Figures, delivered: Figures) -> str:
 
 def _choices(plan: Plan) -> Plan:
     return replace(plan, kept={})
-
-
-def _cost(figures: Figures) -> Cost:
-    return Cost(
-        latency_us=figures.latency_us,
-        size_bytes=figures.size_bytes,
-        memory_bytes=figures.memory_bytes,
-        provenance=figures.provenance,
-    )
 
 
 def final_metric(campaign: Campaign, candidate: Candidate) -> float | None:

@@ -8,12 +8,12 @@ left out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from automl_compress.errors import InfeasibleError
-from automl_compress.search.baselines import Baselines, find_rivals, searched
+from automl_compress.search.baselines import Baselines, find_rivals
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.climb import Climber, baseline_plans, within_budget
@@ -82,9 +82,8 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
 
 def rivals_of(leg: Campaign, climber: Climber, trained: Mapping[str, Candidate]) -> Baselines:
     """What there is to beat at one budget, evaluated as `--baselines` says; of it `trained` was trained."""
-    search = tuple(float(trial.values[0]) for trial in searched(leg))
-    rivals = find_rivals(leg, climber.effort, search, lambda: not climber.time_for_another())
-    return Baselines(rivals=rivals, search=search, candidates=trained, distilled=frozenset(trained))
+    found = find_rivals(leg, climber.effort, lambda: not climber.time_for_another())
+    return replace(found, candidates=trained, distilled=frozenset(trained))
 
 
 def not_dominated(points: list[Point], what: str) -> list[Point]:

@@ -107,8 +107,8 @@ def front_standings(points: Mapping[str, tuple[Baselines, Verified]], minimise: 
     baselines = {k: v for found, verified in points.values() for k, v in _trained(found, verified).items()}
     models = {name: verified.delivered for name, (_, verified) in points.items()}
     for name, figures in baselines.items():
-        cost = _metric_cost(figures, minimise)
-        cheaper = {model: f for model, f in models.items() if _metric_cost(f, minimise) <= cost}
+        cost = figures.cost.of(minimise)
+        cheaper = {model: f for model, f in models.items() if f.cost.of(minimise) <= cost}
         best = max(cheaper, key=lambda model: cheaper[model].metric, default=None)
         beaten, what = None, "no model of the front is as cheap"
         if best is not None:
@@ -132,29 +132,14 @@ def _trained(found: Baselines, verified: Verified) -> dict[str, Figures]:
 
 
 def _is_rival(figures: Figures, verified: Verified, goal: Goal | None) -> bool:
-    cost = replace(
-        verified.cost,
-        latency_us=figures.latency_us,
-        size_bytes=figures.size_bytes,
-        memory_bytes=figures.memory_bytes,
-    )
     enough = goal is None or goal.reached(figures.metric, verified.original.metric)
-    return enough and verified.budget.met(cost)
+    return enough and verified.budget.met(figures.cost)
 
 
 def _better(delivered: Figures, other: Figures, goal: Goal | None) -> bool:
     if goal is None:
         return delivered.metric > other.metric
-    return _metric_cost(delivered, goal.minimise) < _metric_cost(other, goal.minimise)
-
-
-def _metric_cost(figures: Figures, metric: str) -> float:
-    fields: Mapping[str, float] = {
-        "latency": figures.latency_us,
-        "size": figures.size_bytes,
-        "memory": figures.memory_bytes,
-    }
-    return fields[metric]
+    return delivered.cost.of(goal.minimise) < other.cost.of(goal.minimise)
 
 
 def _shown(figures: Figures, goal: Goal | None) -> str:
@@ -162,7 +147,7 @@ def _shown(figures: Figures, goal: Goal | None) -> str:
 
 
 def _with_cost(figures: Figures, metric: str) -> str:
-    return f"{_number(figures.metric)} with {format_metric(metric, _metric_cost(figures, metric))}"
+    return f"{_number(figures.metric)} with {format_metric(metric, figures.cost.of(metric))}"
 
 
 def _number(value: float | None) -> str:
