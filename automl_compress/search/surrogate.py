@@ -62,6 +62,10 @@ class Shares:
     reach: float
     level: float
 
+    def near(self, far: Floats) -> Floats:
+        """How alike plans are whose squared distances are these: 1 for the same plan."""
+        return np.asarray(np.exp(-0.5 * far / self.reach))
+
 
 _STARTS = (
     Shares(single=0.5, noise=1e-5, joint=1e-4, reach=2.0, level=1.0),
@@ -117,7 +121,7 @@ class Scale:
         return _squared_distances(self._embed(features), self._points) / self._median
 
     def kernel(self, shares: Shares, linear: Floats, near: Floats, factors: Floats) -> Floats:
-        """Covariances of losses, without noise."""
+        """Covariances of losses, without noise; `near`: see `Shares.near`."""
         joint, level = self.variance * shares.joint, self.variance * shares.level
         return np.asarray(shares.single**2 * linear + joint * near + _FACTOR**2 * factors + level)
 
@@ -129,7 +133,7 @@ class Scale:
 
     def factored(self, shares: Shares) -> Floats:
         """The lower root of the plans' covariances, noise included."""
-        kernel = self.kernel(shares, self.linear, np.exp(-0.5 * self.far / shares.reach), self.factors)
+        kernel = self.kernel(shares, self.linear, shares.near(self.far), self.factors)
         return np.asarray(np.linalg.cholesky(kernel + shares.noise * self.variance * np.eye(len(self.rows))))
 
     def evidence(self, shares: Shares) -> float:
@@ -197,7 +201,7 @@ class Surrogate:
         """Mean and standard deviation of each row, without noise."""
         scale, shares = self._scale, self._shares
         sums = scale.sums(features)
-        near = np.exp(-0.5 * scale.far_from(features) / shares.reach)
+        near = shares.near(scale.far_from(features))
         cross = scale.kernel(shares, scale.linear_with(features), near, sums @ scale.known.T)
         mean = sums.sum(axis=1) + self._level + cross @ self._weights
         half = solve_triangular(self._root[0], cross.T, lower=True, check_finite=False)
@@ -225,8 +229,8 @@ class Surrogate:
         scale, shares, plans = self._scale, self._shares, len(self._residual)
         weights = rng.normal(size=(count, len(scale.spread))) * shares.single
         factors = rng.normal(size=(count, scale.kinds.shape[1])) * _FACTOR
-        near = np.exp(-0.5 * scale.far / shares.reach)
-        root = np.linalg.cholesky(scale.variance * shares.joint * near + 1e-6 * scale.variance * np.eye(plans))
+        together = shares.joint * shares.near(scale.far) + 1e-6 * np.eye(plans)
+        root = np.linalg.cholesky(scale.variance * together)
         other = rng.normal(size=(count, plans)) @ root.T
         other += rng.normal(size=other.shape) * np.sqrt(scale.variance * shares.noise)
         other += rng.normal(size=(count, 1)) * np.sqrt(scale.variance * shares.level)
