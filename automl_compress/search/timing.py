@@ -8,6 +8,9 @@ taken, from the whole schedule down to repair without training:
 2. baselines are only repaired
 3. two models enter the ladder, then one
 4. fewer epochs
+5. no baselines, then no epochs
+
+What was planned without baselines still gets those for which time is left in the end.
 """
 
 from __future__ import annotations
@@ -100,11 +103,13 @@ class TooShort(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Allotment:
-    """What is done in the time that is left. `exploring`: seconds for one-shot trials, None without a limit."""
+    """What is done in the time that is left. `exploring`: seconds for one-shot trials, None without a limit.
+    `baselines`: models that time is set aside for, None without a limit."""
 
     exploring: float | None
     rungs: tuple[Rung, ...]
     baseline_epochs: float
+    baselines: int | None = None
     cut: tuple[str, ...] = ()
 
     @property
@@ -130,19 +135,22 @@ def allot(left: float, costs: Costs, *, epochs: float, baselines: int, trials: i
     """
     whole = most_entrants(epochs)
     fewer = [count for count in (2, 1) if count < whole]
-    ways = [(1.0, whole, True), (1.0, whole, False), *((1.0, count, False) for count in fewer)]
-    ways += [(share, count, False) for share in SHARES[1:] for count in fewer or [1]] + [(0.0, 1, False)]
+    ways = [(1.0, whole, True, baselines), (1.0, whole, False, baselines)]
+    ways += [(1.0, count, False, baselines) for count in fewer]
+    ways += [(share, count, False, baselines) for share in SHARES[1:] for count in fewer or [1]]
+    ways += [(share, 1, False, 0) for share in (SHARES[-1], 0.0)]
     wanted = trials * costs.trial
-    for share, entrants, whole_baselines in ways:
+    for share, entrants, whole_baselines, others in ways:
         steps = rungs(share * epochs, entrants)
         beside = epochs if whole_baselines else 0.0
-        ends = looks * costs.ladder(steps) + costs.baselines(baselines, beside) + costs.delivery(1 + baselines)
+        ends = looks * costs.ladder(steps) + costs.baselines(others, beside) + costs.delivery(1 + others)
         least = min(wanted, max(_EXPLORE_SHARE * left, 4 * costs.trial) if share else costs.trial)
         if ends + least <= left:
             return Allotment(
                 exploring=left - ends,
                 rungs=steps,
                 baseline_epochs=beside,
+                baselines=others,
                 cut=_cut(epochs, share, entrants, whole, (whole_baselines and baselines > 0) or not baselines),
             )
     raise TooShort(

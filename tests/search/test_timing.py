@@ -35,8 +35,9 @@ def test_what_is_planned_fits_or_is_refused(
         assert longer.rungs[-1].models == 1
         return
     assert found.exploring is not None
-    spent = looks * costs.ladder(found.rungs) + costs.baselines(baselines, found.baseline_epochs)
-    assert spent + found.exploring + costs.delivery(1 + baselines) <= left * (1 + 1e-9)
+    spent = looks * costs.ladder(found.rungs) + costs.baselines(found.baselines, found.baseline_epochs)
+    assert spent + found.exploring + costs.delivery(1 + found.baselines) <= left * (1 + 1e-9)
+    assert found.baselines == baselines or found.epochs <= 0.05 * epochs
     assert found.exploring >= min(trials, 1) * costs.trial * (1 - 1e-9)
     assert found.epochs <= epochs
     whole = found.rungs == rungs(epochs, most_entrants(epochs)) and found.baseline_epochs in (epochs, 0.0)
@@ -46,6 +47,12 @@ def test_what_is_planned_fits_or_is_refused(
 def test_with_time_enough_nothing_is_cut() -> None:
     found = allot(1e6, COSTS, epochs=3, baselines=2, trials=100)
     assert (found.rungs, found.baseline_epochs, found.cut) == (unlimited(3).rungs, 3, ())
+
+
+def test_a_model_is_delivered_before_others_are_finished_to_compare_it_with() -> None:
+    least = COSTS.ladder(rungs(0.0, 1)) + COSTS.delivery(1) + COSTS.trial
+    found = allot(least + 0.1, COSTS, epochs=3, baselines=2, trials=100)
+    assert (found.baselines, found.epochs) == (0, 0.0)
 
 
 def test_less_time_never_buys_more_training() -> None:
