@@ -29,6 +29,7 @@ from automl_compress.search.evaluate import Workbench
 from automl_compress.search.forecast import PROFILE, Forecast
 from automl_compress.search.foresight import Foreseen, foresee
 from automl_compress.search.front import front_models
+from automl_compress.search.learning import learn
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
 from automl_compress.search.settings import DEFAULT_TRIALS, DEFAULTS, default_folder, effective_config, make_settings
@@ -108,7 +109,7 @@ def compress(
         try:
             if known is not None:
                 progress.note(known.lend(campaign))
-            campaign.learn()
+            learn(campaign)
             if known is not None:
                 progress.note(foresee(campaign).text)
             if settings.front is not None:
@@ -163,7 +164,7 @@ def foreseen(
     with open_campaign(task, settings, folder, progress, opened=known.lend_transferred) as campaign:
         campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
         progress.note(known.lend(campaign))
-        campaign.learn()
+        learn(campaign)
         return foresee(campaign)
 
 
@@ -208,7 +209,7 @@ def work(
     default = default_folder(task_name(task), settings)
     folder = Path(output) if output else default.with_name(f"{default.name}-worker-{os.getpid()}")
     with open_campaign(task, settings, folder, progress) as campaign:
-        campaign.learn()
+        learn(campaign)
         before = trial_counts(campaign.study())
         campaign.explore(int(options.get("trials") or DEFAULT_TRIALS), options.get("timeout"))
         after = trial_counts(campaign.study())

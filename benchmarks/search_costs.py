@@ -115,7 +115,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
     from automl_compress import compress
     from automl_compress.hardware.device import Device
     from automl_compress.hardware.measure import measure_model, measure_variants
-    from automl_compress.search import campaign, forecast, study
+    from automl_compress.search import forecast, learning, study
     from automl_compress.search.budget_sampler import BudgetSampler
     from automl_compress.search.evaluate import Workbench
     from automl_compress.search.ladder import Recovery
@@ -129,8 +129,8 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
             [
                 (Workbench, "one_shot", clock.wrap("evaluate", Workbench.one_shot)),
                 (Workbench, "metric", clock.wrap("evaluate", Workbench.metric)),
-                (campaign, "measure_sensitivity", clock.wrap("evaluate", measure_sensitivity)),
-                (campaign, "measure_joint", clock.wrap("evaluate", measure_joint)),
+                (learning, "measure_sensitivity", clock.wrap("evaluate", measure_sensitivity)),
+                (learning, "measure_joint", clock.wrap("evaluate", measure_joint)),
                 (Recovery, "recover", clock.wrap("train", Recovery.recover)),
                 (Device, "compare", clock.wrap("measure", Device.compare)),
                 (Device, "memory_bytes", clock.wrap("measure", Device.memory_bytes)),

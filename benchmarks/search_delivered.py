@@ -38,7 +38,7 @@ from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.search.entrants import in_order, variants
 from automl_compress.search.halving import best_alike
-from automl_compress.search.seeds import FEWER_BLOCKS, FEWEST_BLOCKS
+from automl_compress.search.seeds import FEWEST_BLOCKS
 from automl_compress.search.timing import most_entrants, rungs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
@@ -204,10 +204,9 @@ class Deliveries:
         dearest = max(self._ratio(plan) / predicted(plan) for plan in finalists if self._was_measured(plan))
         bits = eight_bits(laboratory)
         good = sorted(self._within(finalists, share), key=lambda plan: -laboratory.evaluate(plan))
-        fewer = [plan for name, plan in self._seed_plans(share).items() if name.startswith(FEWER_BLOCKS)]
         return variants(
             laboratory.space,
-            [*fewer, *good[: _VARIANTS // 2]],
+            good[: _VARIANTS // 2],
             laboratory.table.quality,
             bits,
             lambda plan: min(dearest, 1.0) * predicted(plan) <= _AIM * share,

@@ -188,9 +188,7 @@ def seeds(laboratory: Laboratory, share: float) -> dict[str, Plan]:
     budget = laboratory.budget(share)
     return first_plans(
         laboratory.space,
-        laboratory.bench.graph,
-        laboratory.table,
-        budget.limits,
+        laboratory.table.quality,
         lambda plan: budget.met(laboratory.predict(plan)),
         milp(laboratory, share),
     )

@@ -8,7 +8,7 @@ run goes on where it stopped, and a second one measures nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,12 +57,13 @@ def measure_variants(
     progress: Progress | None = None,
     whole_models: int = 14,
     memories: int = 5,
+    between: Callable[[], None] = lambda: None,
 ) -> Filled:
     """Measure every kernel of the variants that the profile lacks, and some variants as a whole.
 
     The first variant is the one that all are variants of. Variants with kernels that are unknown
     are measured, and `whole_models` in any case, evenly spread over the list, unless the profile has them; `memories`
-    of those get their memory measured.
+    of those get their memory measured. `between` is called after every measurement; what it raises ends the filling.
     Raises DeviceError if measuring fails, ProfileError if the profile is another machine's or can't be written.
     """
     show = progress or SilentProgress()
@@ -87,9 +88,10 @@ def measure_variants(
             timed += 1
             if timed % _REFERENCE_AGAIN == 0:
                 measure_again(device, distinct[keys[0]])
+            between()
         show.advance(kernels=len(profile.kernels))
     known = [k for k in keys if profile.model(k) is not None]
-    weighed = weigh_models(device, [distinct[key] for key in spread_evenly(known, memories)])
+    weighed = weigh_models(device, [distinct[key] for key in spread_evenly(known, memories)], between=between)
     return Filled(
         kernels=len(profile.kernels) - before,
         models=timed,
@@ -215,7 +217,9 @@ def spread_evenly(keys: Sequence[str], count: int) -> list[str]:
     return [keys[i] for i in dict.fromkeys(places)]
 
 
-def weigh_models(device: Device, models: Iterable[onnx.ModelProto]) -> int:
+def weigh_models(
+    device: Device, models: Iterable[onnx.ModelProto], *, between: Callable[[], None] = lambda: None
+) -> int:
     """Measure the memory of models that the profile has, and record them again; returns how many lacked it."""
     if not device.measures:
         return 0
@@ -228,4 +232,5 @@ def weigh_models(device: Device, models: Iterable[onnx.ModelProto]) -> int:
         with device.saved(model) as path:
             device.profile.add_models([replace(record, memory_bytes=device.memory_bytes(path))])
         weighed += 1
+        between()
     return weighed

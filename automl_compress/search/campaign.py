@@ -1,7 +1,7 @@
-"""One search from an untouched model to finalists that fit the budget on the device.
+"""The state of one search, and its trials: what is searched for, what is known, and what was tried.
 
-The order is that of cost: learn the device, refuse what can't be met, learn what each option costs in quality, try many
-plans without training, measure the best on the device, distil those, and keep the best.
+`learning` fills in what is known before the first trial; what follows the trials (`finalists`, `climb`, `deliver`) asks
+and corrects it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import optuna
 import optuna.trial
@@ -23,21 +22,15 @@ from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import InfeasibleError
 from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.trust import advice
 from automl_compress.progress import Progress
 from automl_compress.search.decode import Decoder
-from automl_compress.search.dominated import drop_dominated
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.feasibility import Reach, additive_limits, require_feasible
-from automl_compress.search.forecast import SEARCH, Forecast
+from automl_compress.search.feasibility import Reach, additive_limits
+from automl_compress.search.forecast import Forecast
 from automl_compress.search.measured import MeasuredCosts
-from automl_compress.search.pricing import additive_table
-from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sampler import make_sampler
 from automl_compress.search.seeds import first_plans, loosest_optimum
-from automl_compress.search.sensitivity import Sensitivity, measure_joint, measure_sensitivity
 from automl_compress.search.space import SearchSpace
-from automl_compress.search.storage import open_storage
 from automl_compress.search.study import (
     Objective,
     adopt_trials,
@@ -54,16 +47,15 @@ from automl_compress.search.timing import Clock
 
 # The search aims a little below a budget: a prediction errs by a percent or two, and a miss costs a distillation.
 AIM = {"latency": 0.985, "memory": 0.97}
-_LEAST_MEASURED = 3  # models at the end: the original, what is delivered, a plan before it
-_PACED = 8  # sensitivities after which the time that the others take is foreseen
 STUDY = "one-shot"
 SENSITIVITY, SPACE, MEASURED = "sensitivity.jsonl", "space.json", "measured.jsonl"
 
 
 @dataclass
 class Campaign:
-    """The state of one search. `limits` are the budgets as written, `budget` what they come to beside the original.
+    """`limits` are the budgets as written, `budget` what they come to beside the original.
 
+    forecast, original, budget, table    what `learning.learn` finds out
     measured  plan -> its cost as measured; `rejected`: plan -> why its finished model can't be delivered
     borrowed  plans that an earlier run of the same model evaluated, with their one-shot metrics
     max_failed    share of trials that may fail
@@ -96,75 +88,6 @@ class Campaign:
     _recovery: optuna.Study | None = None
     _begun: bool = False
     _seeds: Mapping[str, Plan] | None = None
-
-    def learn(self) -> None:
-        """Everything that comes before the first trial. Raises InfeasibleError if no trial could help."""
-        self.measure_original()
-        self.clock.require(
-            _LEAST_MEASURED * (self.clock.typical("measuring") or 0.0), "measuring what is to be delivered"
-        )
-        self.learn_device()
-        require_feasible(self.reach, self.aim, self.budget, self.original, self.measured.values())
-        self.learn_quality()
-
-    def measure_original(self) -> None:
-        """Export and measure the original once; a resumed run holds its budgets against the same figures."""
-        self.progress.stage("measuring the original" if self.device.measures else "estimating the original's cost")
-        path = self.folder.path / "original.onnx"
-        if not path.exists():
-            self.folder.write_bytes("original.onnx", self.bench.original.SerializeToString())
-        known = self.folder.read_json("original.json")
-        if known is None:
-            with self.clock.timing("measuring"):
-                timing = self.device.compare({"original": path})["original"]
-                memory_bytes = self.device.memory_bytes(path)
-            known = {
-                "latency_us": timing.median_us,
-                "size_bytes": path.stat().st_size,
-                "memory_bytes": memory_bytes,
-                "provenance": timing.provenance,
-            }
-            self.folder.write_json("original.json", known)
-        self.original = Cost(**{"provenance": "measured", **known})
-        self.budget = Budget.resolve(self.limits, self.original)
-        self.measured.load(self.folder.path / MEASURED)
-        self.forecast = Forecast(self.bench, self.space, self.device, seed=self.seed)
-
-    def learn_device(self) -> None:
-        """Show the device every shape that the space can reach, and make the additive table."""
-        filled = self.forecast.learn(SEARCH, self.progress)
-        for remedy in advice(filled.troubles):
-            self.progress.note(f"warning: {remedy}")
-        self.costs.anchor(self.bench.original, self.original.latency_us)
-        self.forecast.forget()
-        plans = self.forecast.variants
-        totals = [self.predict(plan).latency_us for plan in plans]
-        lowered = [self.forecast.kernels(plan) for plan in plans]
-        executions = self.bench.executions
-        offered = {d.target: [int(o) for o in d.options] for d in self.space.decisions if d.kind == "bits"}
-        self.table = additive_table(
-            self.bench.graph, plans, lowered, totals, self.original.size_bytes, {}, executions, offered
-        )
-        self._settle_space()
-
-    def learn_quality(self) -> None:
-        """Measure, or read from the run folder, what each option costs in quality."""
-        self.progress.stage("measuring sensitivities", sum(len(d.options) for d in self.space.decisions))
-        file = self.folder.file(SENSITIVITY)
-        options = sum(len(d.options) for d in self.space.decisions)
-        begun, measured = self.clock.now(), 0
-
-        def advance() -> None:
-            nonlocal measured
-            measured += 1
-            self.progress.advance()
-            pace = (self.clock.now() - begun) / measured
-            if measured >= _PACED:
-                self.clock.require(pace * (options - measured), "measuring what the options cost in quality")
-
-        quality: Sensitivity = measure_sensitivity(self.bench, self.space, file, advance)
-        joint = measure_joint(self.bench, self.space, quality, file)
-        self.table = replace(self.table, quality=quality, joint=joint)
 
     def leg(self, metric: str, share: float) -> Campaign:
         """The same search with one budget set to a share of the original's figure, with a study of its own.
@@ -212,7 +135,7 @@ class Campaign:
                 seed=self.seed,
             )
             self._study = open_study(
-                self.storage or self.folder.path, self._study_name, sampler, fingerprint=self.identity
+                self.storage or self.folder.path, self.study_title, sampler, fingerprint=self.identity
             )
             self._begun = True
             adopt_trials(self._study, self._objective(), self._evaluated_elsewhere())
@@ -238,7 +161,7 @@ class Campaign:
         if self._recovery is None:
             self._recovery = open_study(
                 self.storage or self.folder.path,
-                f"{self._study_name} recovery",
+                f"{self.study_title} recovery",
                 optuna.samplers.RandomSampler(seed=self.seed),
                 fingerprint=self.identity,
             )
@@ -247,28 +170,21 @@ class Campaign:
     def seeds(self) -> Mapping[str, Plan]:
         """The plans that every search starts from, by label, as they were before any trial."""
         if self._seeds is None:
-            self._seeds = self._first_plans()
+            self._seeds = first_plans(self.space, self.table.quality, self.fits, self._first_optimum())
         return self._seeds
 
-    def _first_plans(self) -> dict[str, Plan]:
-        milp = self._first_milp()
-        limits = additive_limits(self.aim, self.original)
-        optimum = milp if milp.key != Plan().key else None
-        return first_plans(self.space, self.bench.graph, self.table, limits, self.fits, optimum)
-
-    def _first_milp(self) -> Plan:
-        """The table's optimum as it was before any trial; the original where there is none within the budget."""
+    def _first_optimum(self) -> Plan | None:
+        """The table's optimum as it was before any trial; None where it had none within the budget."""
         name = f"milp-{self.label.replace(' ', '-').replace('%', 'pct')}.json" if self.label else "milp.json"
-        known = self.folder.read_json(name)
-        if known is None:
+        if not self.folder.file(name).exists():
             limits = additive_limits(self.aim, self.original)
             found = loosest_optimum(
                 lambda scale: self.reach.solve({metric: limit * scale for metric, limit in limits.items()}),
                 self.fits,
             )
-            known = (found or Plan()).to_json(self.bench.graph)
-            self.folder.write_json(name, known)
-        return Plan.from_json(known, self.bench.graph)
+            self.folder.write_json(name, None if found is None else found.to_json(self.bench.graph))
+        known = self.folder.read_json(name)
+        return None if known is None else Plan.from_json(known, self.bench.graph)
 
     def tighten(self, predicted: Cost, measured: Cost) -> None:
         """A model came out dearer than predicted: correct the cost model, and forget what it said before."""
@@ -384,16 +300,6 @@ class Campaign:
         found = [(self.space.plan(t.params), float(t.values[0])) for t in ranked(self.study(), count)]
         return [(plan, value) for plan, value in found if self.fits(plan)]
 
-    def _settle_space(self) -> None:
-        """Drop dominated options once: a resumed run offers what it offered before, whatever was measured since."""
-        known = self.folder.read_json(SPACE) or self._shared_space()
-        if known is None:
-            metrics = tuple(self.budget.limits)
-            space = drop_dominated(self.space, self.bench.graph, self.table, metrics=metrics, predict=self.predict)
-            known = space_record(space, self.bench.executions)
-        self.folder.write_json(SPACE, known)
-        self.space = recorded_space(self.space, known)
-
     @staticmethod
     def study_name(identity: Mapping[str, str], *, shared: bool) -> str:
         """In a storage that others use, too, a name that only the same search arrives at."""
@@ -401,13 +307,6 @@ class Campaign:
         return f"{STUDY}-{digest}" if shared else STUDY
 
     @property
-    def _study_name(self) -> str:
+    def study_title(self) -> str:
+        """What the one-shot study is called in its storage."""
         return f"{self.study_name(self.identity, shared=bool(self.storage))} {self.label}".strip()
-
-    def _shared_space(self) -> Any:
-        """What the search that this process joins offers; options measured apart could differ by a dominated one."""
-        if not self.storage:
-            return None
-        storage = open_storage(self.storage)
-        studies = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
-        return studies[self._study_name].user_attrs.get("space") if self._study_name in studies else None

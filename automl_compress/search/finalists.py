@@ -10,7 +10,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.entrants import in_order, variants
-from automl_compress.search.seeds import FEWER_BLOCKS, FEWEST_BLOCKS, UNIFORM
+from automl_compress.search.seeds import FEWEST_BLOCKS, UNIFORM
 from automl_compress.search.study import seed_plans
 
 RELAXED = "relaxed"
@@ -63,14 +63,12 @@ def _unmeasured(campaign: Campaign) -> list[Plan]:
 
 
 def _relax(campaign: Campaign, plans: Sequence[Plan], count: int) -> None:
-    """Queue up to so many milder variants of plans as trials, once for each budget; first of those that narrow layers
-    instead of removing blocks."""
+    """Queue up to so many milder variants of plans as trials, once for each budget."""
     study, seeds = campaign.study(), campaign.seeds()
     if any(trial.user_attrs.get("label", "").startswith(RELAXED) for trial in study.get_trials(deepcopy=False)):
         return
     low = next((plan.bits for name, plan in seeds.items() if name.startswith(UNIFORM)), {})
-    fewer = [plan for name, plan in seeds.items() if name.startswith(FEWER_BLOCKS)]
-    found = variants(campaign.space, [*fewer, *plans], campaign.table.quality, low, campaign.fits)[:count]
+    found = variants(campaign.space, plans, campaign.table.quality, low, campaign.fits)[:count]
     seed_plans(study, campaign.space, {f"{RELAXED}-{i}": plan for i, plan in enumerate(found, 1)})
 
 

@@ -7,7 +7,7 @@ runtime made of others: about a millisecond, with an error of its own that is kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -103,8 +103,16 @@ class Forecast:
         self._reordered_share = 0.0
         self._traffic_share = 1.0
 
-    def learn(self, effort: Effort = SEARCH, progress: Progress | None = None) -> Filled:
+    def learn(
+        self,
+        effort: Effort = SEARCH,
+        progress: Progress | None = None,
+        *,
+        between: Callable[[], None] = lambda: None,
+    ) -> Filled:
         """Measure what the space needs and the profile lacks. Returns what was added to the profile.
+
+        between  called after every measurement; what it raises ends learning, and what was measured is kept
 
         Raises DeviceError if measuring fails, ProfileError if the profile is another machine's or can't be written.
         """
@@ -114,10 +122,10 @@ class Forecast:
         self.variants = covering_plans(self.space, self.bench.graph, executions=executions, seed=self._seed)
         show.stage("looking at variants", len(self.variants))
         models = [self._lower(plan, show) for plan in self.variants]
-        filled = measure_variants(self.device, models, progress=show, memories=0)
+        filled = measure_variants(self.device, models, progress=show, memories=0, between=between)
         pool = self._pool(effort, show)
-        measured, troubles = self._trace_unknown(pool, effort, show)
-        weighed = self._weigh(effort.memories, show)
+        measured, troubles = self._trace_unknown(pool, effort, show, between)
+        weighed = self._weigh(effort.memories, show, between)
         if measured:
             foresee(self.device.profile, {low.key: [k.key for k in low.kernels] for _, low, _ in self._seen.values()})
             self._store_correction()
@@ -250,7 +258,9 @@ class Forecast:
             pool.append(plan)
         return pool
 
-    def _trace_unknown(self, pool: Sequence[Plan], effort: Effort, show: Progress) -> tuple[int, list[str]]:
+    def _trace_unknown(
+        self, pool: Sequence[Plan], effort: Effort, show: Progress, between: Callable[[], None]
+    ) -> tuple[int, list[str]]:
         """Measure plans of the pool whose kernels are known least, then the checks. (how many, troubles)."""
         checks = list(pool[: effort.checks]) if self.device.measures else []
         waiting = list(pool[effort.checks :])
@@ -265,20 +275,22 @@ class Forecast:
             prices = self.costs.prices
             for plan in waiting[:_BATCH]:
                 measured += self._measure(plan, prices, troubles, show)
+                between()
             del waiting[:_BATCH]
             measure_again(self.device, self.bench.original)
         prices = self.costs.prices
         for plan in checks:
             measured += self._measure(plan, prices, troubles, show)
+            between()
         return measured, troubles
 
-    def _weigh(self, count: int, show: Progress) -> int:
+    def _weigh(self, count: int, show: Progress, between: Callable[[], None]) -> int:
         """Weigh measured models, evenly spread over their sizes, since memory is not predicted beyond what was seen."""
         known = [(size, plan) for plan, lowered, size in self._seen.values() if self.device.profile.model(lowered.key)]
         order = [plan.key for _, plan in sorted(known, key=lambda entry: (entry[0], entry[1].key))]
         chosen = spread_evenly(order, count)
         show.stage("weighing models", len(chosen))
-        return weigh_models(self.device, (self.bench.structure(self._seen[key][0]) for key in chosen))
+        return weigh_models(self.device, (self.bench.structure(self._seen[key][0]) for key in chosen), between=between)
 
     def _error(self, plan: Plan) -> float:
         return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).guess_error

@@ -6,50 +6,29 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.search.pricing import plain_bits, uniform_bits
-from automl_compress.search.quick import QuickDecoder
 from automl_compress.search.space import SearchSpace
-from automl_compress.search.table import AdditiveTable, QualityKey
+from automl_compress.search.table import QualityKey
 
 ORIGINAL = "original"
 MILP = "milp"
 UNIFORM = "uniform-int"
 FEWEST_BLOCKS = "fewest-blocks"
-FEWER_BLOCKS = "fewer-blocks"
 _SCALES = (0.6, 1.4)
 _STEPS = 7
-_FEWER = 2
-Limits = Mapping[str, float]
 
 
 def first_plans(
-    space: SearchSpace,
-    graph: Graph,
-    table: AdditiveTable,
-    limits: Limits,
-    fits: Callable[[Plan], bool],
-    milp: Plan | None,
+    space: SearchSpace, quality: Mapping[QualityKey, float], fits: Callable[[Plan], bool], milp: Plan | None
 ) -> dict[str, Plan]:
-    """Label -> plan: all that a search starts from.
-
-    limits  of the additive table, for a budget that `fits` asks the cost model about
-    milp    the table's optimum, where there is one
-    """
+    """Label -> plan: all that a search starts from. `milp`: the table's optimum, where there is one."""
     plans = simple_plans(space)
     if milp is not None:
         plans[MILP] = milp
     quantized = next((plan for name, plan in plans.items() if name.startswith(UNIFORM)), Plan())
-    fewest = fewest_blocks(space, table.quality, quantized, fits)
-    if fewest is None:
-        return plans
-    plans[FEWEST_BLOCKS] = fewest
-    for number in range(1, min(_FEWER, len(fewest.drop)) + 1):
-        fewer = fewer_blocks(space, graph, table, len(fewest.drop) - number, limits, fits)
-        if fewer is not None:
-            plans[f"{FEWER_BLOCKS}-{number}"] = fewer
-    return plans
+    fewest = fewest_blocks(space, quality, quantized, fits)
+    return plans if fewest is None else {**plans, FEWEST_BLOCKS: fewest}
 
 
 def simple_plans(space: SearchSpace) -> dict[str, Plan]:
@@ -93,34 +72,11 @@ def fewest_blocks(
     The plan that somebody would make by hand. Where evaluations without training can't tell plans apart it is the
     mildest of them, since nothing else was touched.
     """
-    order = _blocks_in_order(space, quality)
+    removable = [d for d in space.decisions if d.kind == "drop" and True in d.options]
+    removable.sort(key=lambda d: (quality.get((d.name, True), math.inf), d.name))
+    order = [d.target for d in removable]
     for count in range(1, len(order) + 1):
         plan = replace(start, drop=start.drop | set(order[:count]))
         if fits(plan):
             return plan
     return None
-
-
-def fewer_blocks(
-    space: SearchSpace, graph: Graph, table: AdditiveTable, blocks: int, limits: Limits, fits: Callable[[Plan], bool]
-) -> Plan | None:
-    """The table's best plan that fits and is without just so many of the blocks that cost least alone; None: none is.
-
-    Training wins back more of what narrower layers lost than of what removed blocks lost. No figure without training
-    says so; such plans are there to be trained.
-    """
-    gone = set(_blocks_in_order(space, table.quality)[:blocks])
-    fixed = {d.name: d.target in gone for d in space.decisions if d.kind == "drop"}
-    others = tuple(d for d in space.decisions if d.kind != "drop")
-    decoder = QuickDecoder(replace(space, decisions=others, fixed={**space.fixed, **fixed}), graph, table)
-
-    def solve(scale: float) -> Plan | None:
-        found = decoder.solve(table.quality, {metric: limit * scale for metric, limit in limits.items()})
-        return None if found is None else found.plan
-
-    return loosest_optimum(solve, fits)
-
-
-def _blocks_in_order(space: SearchSpace, quality: Mapping[QualityKey, float]) -> list[str]:
-    removable = [d for d in space.decisions if d.kind == "drop" and True in d.options]
-    return [d.target for d in sorted(removable, key=lambda d: (quality.get((d.name, True), math.inf), d.name))]

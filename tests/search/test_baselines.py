@@ -18,6 +18,7 @@ from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.deliver import Verified
 from automl_compress.search.ladder import FULL, UNTRAINED, Recovery
+from automl_compress.search.learning import learn
 from automl_compress.search.standings import full_standings, one_shot_standings
 from automl_compress.techniques.training.settings import Training
 from tests.search.campaigns import campaign
@@ -33,7 +34,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     """A campaign after its one-shot trials."""
     home = tmp_path_factory.mktemp("home")
     with campaign(tmp_path_factory.mktemp("run"), home, latency="55%", size="60%") as opened:
-        opened.learn()
+        learn(opened)
         opened.explore(10)
         yield opened
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
-from automl_compress.errors import InfeasibleError
+from automl_compress.errors import InfeasibleError, InputError
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.feasibility import require_feasible
+from automl_compress.search.learning import learn
 from automl_compress.search.measured import MeasuredCosts
 from automl_compress.search.study import trial_counts
+from automl_compress.search.timing import Clock
 from tests.search.campaigns import campaign
 
 
@@ -28,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[Campaign]:
     """A campaign before its first trial; for tests that only ask."""
     with campaign(tmp_path_factory.mktemp("run"), home, latency="60%", size="60%") as opened:
-        opened.learn()
+        learn(opened)
         yield opened
 
 
@@ -93,7 +96,7 @@ def test_every_option_has_a_price_in_quality(learned: Campaign) -> None:
 def test_what_can_not_be_reached_is_said_before_any_trial(tmp_path: Path, home: Path, limits: dict[str, str]) -> None:
     with campaign(tmp_path / "run", home, **limits) as opened:
         with pytest.raises(InfeasibleError) as caught:
-            opened.learn()
+            learn(opened)
         over = [m for m, nearest in caught.value.nearest.items() if nearest > opened.budget.limits[m]]
         assert over
         assert set(caught.value.nearest) == set(limits)
@@ -129,7 +132,7 @@ def test_a_second_campaign_with_the_profile_measures_kernels_no_more(
     profile = learned.device.profile.path
     before = profile.read_bytes()
     with campaign(tmp_path / "run", home, latency="60%", size="60%") as second:
-        second.learn()
+        learn(second)
         assert second.device.requests["trace"] == 0
         assert second.device.requests["compare"] == 1, "the original, which is measured anew"
         assert second.seeds() == learned.seeds()
@@ -139,12 +142,12 @@ def test_a_second_campaign_with_the_profile_measures_kernels_no_more(
 
 def test_a_resumed_campaign_finds_its_original_its_space_and_its_trials(tmp_path: Path, home: Path) -> None:
     with campaign(tmp_path / "run", home, latency="70%") as first:
-        first.learn()
+        learn(first)
         first.explore(6)
         original, space, counts = first.original, first.space, trial_counts(first.study())
         seeds = first.seeds()
     with campaign(tmp_path / "run", home, latency="70%") as second:
-        second.learn()
+        learn(second)
         assert second.original == original
         assert second.space.fingerprint == space.fingerprint
         assert second.seeds() == seeds
@@ -161,9 +164,34 @@ def test_a_resumed_campaign_finds_its_original_its_space_and_its_trials(tmp_path
         assert all(second.aim.met(second.predict(plan)) for plan in second.ranked(9))
 
 
+def test_where_the_table_has_no_plan_within_the_budget_no_seed_is_called_its_optimum(learned: Campaign) -> None:
+    first = learned.leg("latency", 0.01)
+    again = copy(first)
+    assert "milp" not in first.seeds()
+    assert first.folder.file("milp-latency-1.0pct.json").read_text() == "null\n"
+    again.table = None  # type: ignore[assignment]  # what the file says isn't solved for again
+    assert again._first_optimum() is None
+
+
+def test_learning_the_device_ends_with_the_time_limit_and_goes_on_from_there(tmp_path: Path) -> None:
+    """The clock is over after the third trace; only what was in hand then is finished."""
+    with campaign(tmp_path / "run", tmp_path / "home", latency="70%") as first:
+        traces = first.device.requests
+        first.clock = Clock(deadline=10.0, now=lambda: 100.0 if traces["trace"] >= 3 else 0.0)
+        with pytest.raises(InputError, match="too short: it was over while the device was measured"):
+            learn(first)
+        assert traces["trace"] == 3
+    with campaign(tmp_path / "run", tmp_path / "home", latency="70%") as second:
+        learn(second)
+        resumed = second.device.requests["trace"]
+    with campaign(tmp_path / "whole", tmp_path / "other", latency="70%") as whole:
+        learn(whole)
+        assert resumed <= whole.device.requests["trace"] - 3
+
+
 def test_tightening_makes_every_prediction_dearer(tmp_path: Path, home: Path) -> None:
     with campaign(tmp_path / "run", home, latency="70%") as opened:
-        opened.learn()
+        learn(opened)
         plan = Plan(width=0.5)
         before, other = opened.predict(plan), opened.predict(Plan(drop=frozenset({"block"})))
         opened.tighten(before, replace(before, latency_us=before.latency_us * 1.2))
@@ -176,7 +204,7 @@ def test_tightening_makes_every_prediction_dearer(tmp_path: Path, home: Path) ->
 
 def test_a_search_whose_models_all_come_out_cheaper_has_room_for_more(tmp_path: Path, home: Path) -> None:
     with campaign(tmp_path / "run", home, latency="70%") as opened:
-        opened.learn()
+        learn(opened)
         plans = [Plan(width=0.5), Plan(drop=frozenset({"block"}))]
         before = [opened.predict(plan) for plan in plans]
         measured = [replace(cost, latency_us=cost.latency_us * f) for cost, f in zip(before, (0.9, 0.95), strict=True)]

@@ -27,6 +27,7 @@ from automl_compress.search.contenders import Contenders, make_student
 from automl_compress.search.deliver import verify
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.ladder import Recovery
+from automl_compress.search.learning import learn
 from automl_compress.search.settings import Settings
 from automl_compress.techniques.training.settings import Training
 from tests import tiny
@@ -58,7 +59,7 @@ def settings(**options: Any) -> Settings:
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     with campaigns.campaign(tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("home"), latency=LATENCY) as opened:
         opened.bench = Workbench(replace(campaigns.ready(), student=Plain), campaigns.graph(), importance="l2")
-        opened.learn()
+        learn(opened)
         yield opened
 
 

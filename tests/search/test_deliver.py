@@ -16,6 +16,7 @@ from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.deliver import Verified, final_metric, verify
 from automl_compress.search.ladder import Recovery
+from automl_compress.search.learning import learn
 from automl_compress.techniques.training.settings import Training
 from tests.search.campaigns import campaign
 
@@ -26,7 +27,7 @@ UNTRAINED = Training(epochs=0)
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     with campaign(tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("home"), latency="80%") as opened:
-        opened.learn()
+        learn(opened)
         yield opened
 
 

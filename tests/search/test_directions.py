@@ -17,6 +17,7 @@ from automl_compress.search import cheapest, directions, outcome
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.front import front_models
+from automl_compress.search.learning import learn
 from automl_compress.search.settings import Settings, make_settings
 from tests.search.campaigns import campaign
 
@@ -28,7 +29,7 @@ def asking(**asked: Any) -> Settings:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     with campaign(tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("home"), latency="100%") as opened:
-        opened.learn()
+        learn(opened)
         yield opened
 
 

@@ -20,6 +20,7 @@ from automl_compress.search.candidate import Candidate, plan_file, read_plan, re
 from automl_compress.search.decode import Decoder, options_in_force
 from automl_compress.search.deliver import Verified, verify
 from automl_compress.search.ladder import Recovery
+from automl_compress.search.learning import learn
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sensitivity import single
 from automl_compress.search.space import SearchSpace, resolve
@@ -45,7 +46,7 @@ def zeros(model: onnx.ModelProto, layer: str) -> float:
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     with campaigns.campaign(tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("home"), latency="200%") as opened:
-        opened.learn()
+        learn(opened)
         yield opened
 
 
