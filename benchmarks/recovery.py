@@ -22,6 +22,8 @@ from cifar10_resnet20 import test_accuracy
 from common import parser, write_rows
 from one_shot import EXAMPLE, SHARES, compress_one_shot
 
+from automl_compress.techniques.training.settings import Optimizer, Training
+
 SEEDS = 3
 
 
@@ -30,12 +32,14 @@ class Recipe:
     """What differs from the product's own recovery: nothing, by default.
 
     losses    what is learned, as --distillation writes it
+    optimizer as `Training` has it
     mode      the way to the plan, as --recovery writes it
     repair    whether the cut model's weights are refitted by least squares before; None: as the product decides
     rounding  share of the epochs, at the end, that are trained with rounding
     """
 
     losses: str | None = None
+    optimizer: Optimizer = Training.optimizer
     mode: str = "fine-tune"
     repair: bool | None = None
     rounding: float = 0.0
@@ -45,13 +49,12 @@ class Recipe:
 RECIPES = {
     "default": Recipe(),
     "soft labels": Recipe(losses="soft"),
-    "soft labels and features": Recipe(losses="soft+features"),
     "cross-entropy": Recipe(losses="task"),
+    "default by SGD": Recipe(optimizer="sgd"),
     "gradual": Recipe(mode="gradual"),
     "default with repair before": Recipe(repair=True),
-    "soft labels and mixtures": Recipe(losses="soft+mixed"),
+    "default and mixtures": Recipe(losses="soft+features+mixed"),
     "default with rounding at the end": Recipe(rounding=1 / 6),
-    "cross-entropy with repair before": Recipe(losses="task", repair=True),
 }
 
 
@@ -175,7 +178,6 @@ class Laboratory:
         from automl_compress.techniques.distillation.pairing import pair_layers
         from automl_compress.techniques.prune import apply_plan
         from automl_compress.techniques.training.data import batches_in
-        from automl_compress.techniques.training.settings import Training
 
         def objective(followed: Any) -> Distillation:
             pairs = pair_layers(self.graph, followed, self.bench.teacher)
@@ -197,7 +199,7 @@ class Laboratory:
             plan=plan,
             make=make,
             objective=objective,
-            training=Training(epochs=self.epochs * (1 - recipe.rounding)),
+            training=Training(epochs=self.epochs * (1 - recipe.rounding), optimizer=recipe.optimizer),
             seed=seed,
         )
 

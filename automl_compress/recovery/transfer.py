@@ -58,7 +58,8 @@ def transferred(
             model,
             task,
             objective,
-            Training(epochs=epochs, learning_rate=learning_rate),
+            # A fresh head has further to go than a share of its norm at each step.
+            Training(epochs=epochs, optimizer="sgd", learning_rate=learning_rate),
             seed=seed,
             validate=validation_metric(task),
             on_step=on_step,

@@ -30,8 +30,8 @@ FEATURE_LOSSES = {
     "attention": "where what layers read is large",
 }
 NAMES = {**LABEL_LOSSES, **FEATURE_LOSSES, TASK: "the task's own loss (cross-entropy) alone"}
-# What a search's candidates learn. Where there are no features to compare, or no mixtures, they do without.
-DEFAULT = "soft+features+mixed"
+# What a search's candidates learn. Where there are no features to compare they do without.
+DEFAULT = "soft+features"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Losses:
     weights: Mapping[str, float | None] = field(default_factory=lambda: {SOFT: None})
     temperature: float = 6.0
     soft_share: float = 0.9
-    feature_share: float = 0.5
+    feature_share: float = 2.0
     mixed: float = 0.0
     target: float = 1.0
     others: float = 8.0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from automl_compress.errors import TrainingError
+from automl_compress.techniques.training.muon import Muon
 from automl_compress.techniques.training.settings import Training
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -17,7 +18,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def make_optimizer(student: nn.Module, others: nn.Module | None, training: Training) -> torch.optim.Optimizer:
-    """SGD or AdamW over what requires gradients in the student and in `others` (what the objective trains itself).
+    """Muon, SGD or AdamW over what requires gradients in the student and in `others` (what the objective trains itself).
 
     Raises TrainingError where the student has nothing to train.
     """
@@ -26,20 +27,20 @@ def make_optimizer(student: nn.Module, others: nn.Module | None, training: Train
             "the model has no trainable parameter: every requires_grad is False; unfreeze some to recover "
             "accuracy, or ask for --epochs 0"
         )
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": training.weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, int], dict[str, Any]] = {}
     seen: set[int] = set()
     for model in (student, others):
-        for parameter, decays in _decaying(model, training) if model is not None else ():
+        for parameter, decays, matrices in _parameters(model, training) if model is not None else ():
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                groups[0 if decays else 1]["params"].append(parameter)
+                new = {"params": [], "weight_decay": training.weight_decay if decays else 0.0, "matrices": matrices}
+                groups.setdefault((decays, matrices), new)["params"].append(parameter)
+    rate, first = training.learning_rate, training.momentum
+    if training.optimizer == "muon":
+        return Muon([*groups.values()], lr=rate, momentum=first)
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(training.momentum, 0.999))
-    nesterov = training.momentum > 0
-    return torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum, nesterov=nesterov)
+        return torch.optim.AdamW([*groups.values()], lr=rate, betas=(first, 0.999))
+    return torch.optim.SGD([*groups.values()], lr=rate, momentum=first, nesterov=first > 0)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> None:
@@ -82,10 +83,21 @@ class Held:
             parameter.data.mul_(mask)
 
 
-def _decaying(model: nn.Module, training: Training) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Each parameter, and whether weight decay applies to it."""
+def _parameters(model: nn.Module, training: Training) -> Iterator[tuple[nn.Parameter, bool, int]]:
+    """Each parameter, whether weight decay applies to it, and of how many matrices it consists (0: it is none)."""
     for module in model.modules():
         exempt = isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
         exempt = exempt or (isinstance(module, _EMBEDDINGS) and not training.decay_embeddings)
         for name, parameter in module.named_parameters(recurse=False):
-            yield parameter, not exempt and parameter.ndim > 1 and not name.endswith("bias")
+            weight = parameter.ndim > 1 and not name.endswith("bias")
+            yield parameter, not exempt and weight, _matrices(module, name)
+
+
+def _matrices(module: nn.Module, name: str) -> int:
+    """Of how many matrices, one below the other, a module's parameter of this name consists. An embedding is none: its
+    rows are looked up one by one."""
+    if name == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
+        return 3  # of queries, keys and values
+    if name == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+        return module.groups
+    return int(name == "weight" and isinstance(module, nn.Linear))

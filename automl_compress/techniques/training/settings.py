@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from automl_compress.errors import InputError
 
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["muon", "sgd", "adamw"]
 Shape = Literal["one-cycle", "cosine", "constant"]
 Deliver = Literal["best", "last", "average"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -20,7 +20,8 @@ class Training:
     """How a model is trained. Two runs with equal settings, seed, data and threads give the same model.
 
     epochs            passes over the training data; a fraction stops within a pass
-    optimizer         'sgd' (Nesterov) or 'adamw'
+    optimizer         'muon' (see `training.muon`: weights of convolutions and linear layers; the rest by SGD), 'sgd'
+                      (Nesterov) or 'adamw'
     learning_rate     the peak of the schedule
     schedule          'one-cycle' (Smith 2018: up, then down to almost nothing, momentum the other way round), 'cosine'
                       (down to zero) or 'constant'
@@ -38,7 +39,7 @@ class Training:
     """
 
     epochs: float = 3.0
-    optimizer: Optimizer = "sgd"
+    optimizer: Optimizer = "muon"
     learning_rate: float = 0.02
     schedule: Shape = "one-cycle"
     warm_up: float | None = None

@@ -91,7 +91,8 @@ def run(data: Any, file: Path | None, stops: tuple[int, ...] = (), **options: An
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sgd": {"average": 0.9, "validate": score},
+    "muon": {"average": 0.9, "validate": score},
+    "sgd": {"optimizer": "sgd"},
     "adamw": {"optimizer": "adamw", "schedule": "cosine", "warm_up": 0.2},
 }
 
