@@ -214,7 +214,7 @@ def test_defaults() -> None:
         "seed": 0,
         "sampler": "budget",
         "max_failed": 0.5,
-        "distillation": "soft+features+mixed",
+        "distillation": "soft+features",
         "baselines": "quick",
         "recovery": "fine-tune",
     }

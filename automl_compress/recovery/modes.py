@@ -10,6 +10,7 @@ from automl_compress.recovery.fine_tune import fine_tune
 from automl_compress.recovery.gradual import gradual
 from automl_compress.recovery.job import Job, Recovered
 from automl_compress.recovery.names import check_mode
+from automl_compress.recovery.students import of_fresh_weights
 
 Mode = Callable[[Job], Recovered]
 
@@ -21,7 +22,7 @@ def curriculum(job: Job) -> Recovered:
 
 def from_scratch(job: Job) -> Recovered:
     """End-to-end recovery from fresh weights."""
-    return end_to_end(replace(job, scratch=True))
+    return end_to_end(replace(job, scratch=True, training=of_fresh_weights(job.training)))
 
 
 MODES: dict[str, Mode] = {

@@ -9,7 +9,7 @@ NAMES = {
     "gradual": "the plan comes into force step by step, with training in between",
     "curriculum": "gradual, and at first the easy samples of each batch",
     "end-to-end": "one training from the original's weights, in which masks close and bits get fewer",
-    "from-scratch": "the same from fresh weights",
+    "from-scratch": "the same from fresh weights, at five times the learning rate",
 }
 DEFAULT_MODE = "fine-tune"
 

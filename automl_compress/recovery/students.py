@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from automl_compress.errors import InputError
+from automl_compress.techniques.training.settings import Training
 
 INHERITED, SCRATCH, OWN = "inherited", "scratch", "own"
 NAMES = {
@@ -28,6 +30,11 @@ def parse_students(text: str | None, *, has_own: bool = False) -> tuple[str, ...
         if name not in NAMES:
             raise InputError(f"students {text!r}: unknown student {name!r}; there are: {', '.join(NAMES)}")
     return tuple(name for name in dict.fromkeys(names) if name != INHERITED)
+
+
+def of_fresh_weights(training: Training) -> Training:
+    """The same at five times the learning rate: fresh weights have further to go than those that knew the task."""
+    return replace(training, learning_rate=5 * training.learning_rate)
 
 
 def require_own(factory: Callable[..., object] | None) -> None:

@@ -23,7 +23,7 @@ from automl_compress.hardware.timer import ratio
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task
 from automl_compress.model.trace import trace
-from automl_compress.recovery.students import OWN, SCRATCH, WIDTHS, parse_students, require_own
+from automl_compress.recovery.students import OWN, SCRATCH, WIDTHS, of_fresh_weights, parse_students, require_own
 from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
@@ -66,7 +66,7 @@ class Contenders:
             found.append(recovery.recover(plan, FULL, schedule, self._on_step))
         if OWN in self.names:
             if not self._own_is_known:
-                self._own, self._own_is_known = self._train_own(schedule), True
+                self._own, self._own_is_known = self._train_own(of_fresh_weights(schedule)), True
             found += [self._own] if self._own is not None else []
         for candidate in found:
             what = "from scratch" if candidate.width is None else f"student({candidate.width:g})"

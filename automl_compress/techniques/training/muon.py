@@ -69,18 +69,19 @@ def _relative(direction: Tensor, weight: Tensor, matrices: int) -> Tensor:
     size = weight.reshape(matrices, -1).norm(dim=1).clamp(min=_SMALLEST_ROW * rows**0.5)
     step = orthogonal(direction.reshape(matrices, rows, -1))
     rank = min(step.shape[1:])
-    return (step * (size / rank**0.5)[:, None, None]).reshape(weight.shape)
+    scaled: Tensor = step * (size / rank**0.5)[:, None, None]
+    return scaled.reshape(weight.shape)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices [N, rows, columns] with the same singular vectors, and singular values of about 1; zeros stay zeros."""
-    found = matrices / matrices.flatten(1).norm(dim=1).clamp(min=_TINY)[:, None, None]
+    size = matrices.flatten(1).norm(dim=1).clamp(min=_TINY)
+    found: Tensor = matrices / size[:, None, None]
     if min(found.shape[1:]) == 1:
         return found
-    tall = found.shape[1] > found.shape[2]
-    found = found.mT if tall else found
+    wide = found if found.shape[1] <= found.shape[2] else found.mT
     a, b, c = _COEFFICIENTS
     for _ in range(_STEPS):
-        gram = found @ found.mT
-        found = a * found + (b * gram + c * gram @ gram) @ found
-    return found.mT if tall else found
+        gram = wide @ wide.mT
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if found.shape[1] <= found.shape[2] else wide.mT

@@ -18,7 +18,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def make_optimizer(student: nn.Module, others: nn.Module | None, training: Training) -> torch.optim.Optimizer:
-    """Muon, SGD or AdamW over what requires gradients in the student and in `others` (what the objective trains itself).
+    """Muon, SGD or AdamW over what requires gradients in the student and in `others` (what the objective trains).
 
     Raises TrainingError where the student has nothing to train.
     """
