@@ -74,7 +74,7 @@ class CostModel:
               of them was measured whole, it rests on models of similar size
     measure   whether a model is measured, and its kernels stored, where the profile knows too little of them; else they
               are interpolated, however far
-    margins   metric -> factor >= 1 that predictions are raised by, since verified models came out dearer (`tighten`)
+    margins   metric -> factor that predictions are raised by, or lowered, since measured models came out otherwise
     scale     what today's latencies are of those in the profile (`anchor`): clocks and load differ from day to day
     """
 

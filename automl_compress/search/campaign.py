@@ -61,6 +61,7 @@ class Campaign:
     max_failed    share of trials that may fail
     clock     the time limit, and what things take
     legs      the same search under other budgets (see `leg`), by label; shared by all of them
+    calibrated    whether predictions were held against measurements about the budget (`measuring.calibrate`)
     """
 
     bench: Workbench
@@ -86,6 +87,7 @@ class Campaign:
     label: str = ""
     _study: optuna.Study | None = None
     _recovery: optuna.Study | None = None
+    calibrated: bool = False
     _begun: bool = False
     _seeds: Mapping[str, Plan] | None = None
 
@@ -99,7 +101,7 @@ class Campaign:
         if label not in self.legs:
             leg = copy(self)
             leg.limits, leg.label = {**self.limits, metric: limit}, label
-            leg._study, leg._recovery, leg._seeds, leg._begun = None, None, None, False
+            leg._study, leg._recovery, leg._seeds, leg._begun, leg.calibrated = None, None, None, False, False
             leg.budget = Budget.resolve(leg.limits, self.original)
             self.legs[label] = leg
         return self.legs[label]
@@ -185,6 +187,12 @@ class Campaign:
             self.folder.write_json(name, None if found is None else found.to_json(self.bench.graph))
         known = self.folder.read_json(name)
         return None if known is None else Plan.from_json(known, self.bench.graph)
+
+    def calibrate(self, margin: float) -> None:
+        """Raise later predictions of latency by this factor, or lower them, whatever they were raised by before."""
+        self.costs.margins["latency"] = margin
+        self.forecast.forget()
+        self.calibrated, self._study, self._seeds = True, None, None  # made by the old predictions
 
     def tighten(self, predicted: Cost, measured: Cost) -> None:
         """A model came out dearer than predicted: correct the cost model, and forget what it said before."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
-from automl_compress.core.budget import Cost
 from automl_compress.core.plan import Plan
-from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.entrants import in_order, variants
+from automl_compress.search.measuring import calibrate, confirm
 from automl_compress.search.seeds import FEWEST_BLOCKS, UNIFORM
 from automl_compress.search.study import seed_plans
 
@@ -18,7 +16,6 @@ _CONFIRM = 8
 _ROUNDS = 4
 _TRIALS_PER_VARIANT = 8
 _RELAXED = 4
-_TELLING = 4  # measured plans that say something about predictions
 
 
 def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *, places: int = 1) -> list[Plan]:
@@ -31,6 +28,7 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
     none of the best is within the budget, the cost model is corrected and the search goes on. Raises InfeasibleError
     after some rounds of that.
     """
+    calibrate(campaign)
     clock = campaign.clock
     until = None if exploring is None else clock.now() + exploring
     for number in range(_ROUNDS):
@@ -88,37 +86,3 @@ def _in_order(campaign: Campaign, figures: Sequence[tuple[Plan, float]], places:
         always=[plan for name, plan in campaign.seeds().items() if name == FEWEST_BLOCKS],
         places=places,
     )
-
-
-def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
-    """Measure plans beside the original: from then on that is their cost. If all miss, correct the cost model.
-
-    Neither latency nor memory depends on what the weights are, so this is known before anything is trained.
-    """
-    if not plans:
-        return
-    device, budget = campaign.device, campaign.budget
-    what = "measuring the best plans on the device" if device.measures else "estimating the best plans' cost"
-    campaign.progress.stage(what, len(plans))
-    with ExitStack() as files:
-        paths = {p.key: files.enter_context(device.saved(campaign.bench.structure(p))) for p in plans}
-        with campaign.clock.timing("measuring", units=1 + len(paths)):
-            timings = device.compare({"original": campaign.folder.path / "original.onnx", **paths})
-        memory = {key: device.memory_bytes(path) for key, path in paths.items()} if "memory" in budget.limits else {}
-    pairs = []
-    for plan in plans:
-        predicted = campaign.predict(plan)
-        measured = Cost(
-            latency_us=ratio(timings, plan.key, "original") * campaign.original.latency_us,
-            size_bytes=predicted.size_bytes,
-            memory_bytes=memory.get(plan.key, predicted.memory_bytes),
-            provenance=timings[plan.key].provenance,
-        )
-        campaign.measured.remember(plan, measured)
-        campaign.progress.advance()
-        pairs.append((predicted, measured))
-    misses = [pair for pair in pairs if not budget.met(pair[1])]
-    if len(misses) == len(plans):
-        campaign.tighten(*min(misses, key=lambda pair: pair[1].latency_us / pair[0].latency_us))
-    elif len(pairs) >= _TELLING:
-        campaign.loosen(pairs)
