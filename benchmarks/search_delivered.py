@@ -1,13 +1,13 @@
 """Part (c): models delivered at a latency budget by the search and by other routes, after the same recovery.
 
 Every route is a ladder of cuts (`search_peers`), and the largest of them whose 8-bit model was measured within the
-budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search goes on from
-part (a)'s run of the product's sampler as the product does: the best plans and the plans that it started from are
-measured, milder variants of the best are evaluated and measured, too, and those that are within the budget are put in
-order by the product's one-shot metric and go up the product's ladder of short distillations. Then all get the same
-distillation, calibration and export: the product's defaults without the last stage, training with rounding. Other
-routes start from the weights that they cut, the search's plan from its repaired ones. The test images are read once a
-model. In the end all models take turns in one run of bursts beside the original.
+budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search is that of part
+(a) by predictions that are corrected as the product corrects them, by plans about the budget that were measured. As
+there the best plans and the plans that it started from are measured, milder variants of the best are evaluated and
+measured, too, and those that are within the budget are put in order by the product's one-shot metric and go up the
+product's ladder of short distillations. Then all get the same distillation, calibration and export: the product's
+defaults without the last stage, training with rounding. The test images are read once a model. In the end all models
+take turns in one run of bursts beside the original.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import onnx
-from search_evaluations import best_plans, code_version, seeds
+from search_evaluations import COUNTS, best_plans, code_version, margin_text, seeds
+from search_evaluations import OURS as OUR_SAMPLER
+from search_evaluations import run as search_run
 from search_evaluator import Lines
 from search_laboratory import Laboratory
 from search_peers import ROUTES, UNTOUCHED, cuts, eight_bits
@@ -36,19 +39,22 @@ from automl_compress.progress import Progress
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
+from automl_compress.recovery.start import starting_model
 from automl_compress.search.entrants import in_order, variants
 from automl_compress.search.halving import best_alike
+from automl_compress.search.measuring import about_the_budget
 from automl_compress.search.seeds import FEWEST_BLOCKS
 from automl_compress.search.timing import most_entrants, rungs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.prune import apply_plan
+from automl_compress.techniques.training.data import batches_in
 from automl_compress.techniques.training.settings import Training
 
 OURS = "search"
 ALL_ROUTES = (OURS, *ROUTES, UNTOUCHED)
-STEPS = ("cuts", "finalists", "models", "timing")
+STEPS = ("cuts", "searches", "finalists", "models", "timing")
 _AIM = 0.985  # of the budget: a model's latency is not the same in two runs
 _TURN = 8
 _MEASURED = 8
@@ -92,6 +98,23 @@ class Deliveries:
         """Measure every route's cuts in 8 bits beside the original."""
         self._measure({name: plan for ladder in self._routes.values() for name, plan in ladder.items()})
 
+    def measure_about(self, shares: Sequence[float]) -> None:
+        """Measure plans about each budget, which correct predictions."""
+        self._measure({f"{OURS}-{plan.key}": plan for share in shares for plan in self._about(share)})
+
+    def search(self, shares: Sequence[float]) -> None:
+        """The search of part (a) by corrected predictions."""
+        for share in shares:
+            search_run(
+                self._at(share),
+                self._cache,
+                methods=(OUR_SAMPLER,),
+                shares=(share,),
+                counts=(max(COUNTS),),
+                seeds=self._seeds,
+                progress=self.progress,
+            )
+
     def measure_finalists(self, shares: Sequence[float]) -> None:
         """Measure the search's best plans, and then milder variants of the best of these."""
         self._measure({f"{OURS}-{plan.key}": plan for share in shares for plan in self._finalists(share)})
@@ -117,7 +140,9 @@ class Deliveries:
                     elif plan := self._searched(share, length):
                         yield Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}")
                     else:
-                        self.progress.note(f"no plan of a search at {share:.0%} is within the budget: run part a first")
+                        self.progress.note(
+                            f"no plan of a search at {share:.0%} is within the budget: run step searches first"
+                        )
 
     def deliver(self, item: Item) -> None:
         """Recover, export and test one model, unless that was done."""
@@ -184,39 +209,50 @@ class Deliveries:
         best = max(fits, key=weights) if fits else min(ladder, key=lambda name: float(self._ratios.known[name]))
         return Item(route=route, share=share, epochs=epochs, plan=ladder[best], name=best)
 
+    def _about(self, share: float) -> list[Plan]:
+        laboratory = self.laboratory
+        limits = {"latency": _AIM * laboratory.budget(share).limits["latency"]}
+        return about_the_budget(laboratory.space, laboratory.bench.graph, laboratory.table, limits, laboratory.predict)
+
+    def _at(self, share: float) -> Laboratory:
+        """Predictions corrected by what plans about the budget took."""
+        original = self.laboratory.original.latency_us
+        found = [self._ratio(plan) * original / self.laboratory.predict(plan).latency_us for plan in self._about(share)]
+        # What the search aims at is a little below the budget.
+        return replace(self.laboratory, margin=round(median(found) / _AIM, 3))
+
     def _finalists(self, share: float) -> list[Plan]:
-        """The best plans of part (a), and those that it started from, if they are predicted to be within the budget."""
-        budget, found = self.laboratory.budget(share), list[Plan]()
-        best = best_plans(self.laboratory, self._cache, share, seeds=self._seeds)[:_MEASURED]
+        """The search's best plans, and those that it started from, if they are predicted to be within the budget."""
+        laboratory, found = self._at(share), list[Plan]()
+        budget = laboratory.budget(share)
+        best = best_plans(laboratory, self._cache, share, seeds=self._seeds)[:_MEASURED]
         for plan in (*best, *self._seed_plans(share).values()):
-            if budget.met(self.laboratory.predict(plan)) and plan.key not in {other.key for other in found}:
+            if budget.met(laboratory.predict(plan)) and plan.key not in {other.key for other in found}:
                 found.append(plan)
         return found
 
     def _variants(self, share: float) -> list[Plan]:
         """Milder ones of the best that are within the budget, by predictions that were corrected by measurements."""
-        laboratory, finalists = self.laboratory, self._finalists(share)
-        original = laboratory.forecast.predict(Plan()).latency_us
-
-        def predicted(plan: Plan) -> float:
-            return laboratory.forecast.predict(plan).latency_us / original
-
-        dearest = max(self._ratio(plan) / predicted(plan) for plan in finalists if self._was_measured(plan))
-        bits = eight_bits(laboratory)
+        laboratory, finalists = self._at(share), self._finalists(share)
+        budget = laboratory.budget(share).limits["latency"]
+        measured = [plan for plan in finalists if self._was_measured(plan)]
+        original = laboratory.original.latency_us
+        dearest = max(self._ratio(plan) * original / (_AIM * laboratory.predict(plan).latency_us) for plan in measured)
         good = sorted(self._within(finalists, share), key=lambda plan: -laboratory.evaluate(plan))
         return variants(
             laboratory.space,
             good[: _VARIANTS // 2],
             laboratory.table.quality,
-            bits,
-            lambda plan: min(dearest, 1.0) * predicted(plan) <= _AIM * share,
+            eight_bits(laboratory),
+            lambda plan: min(dearest, 1.0) * laboratory.predict(plan).latency_us <= budget,
         )[:_VARIANTS]
 
     def _seed_plans(self, share: float) -> dict[str, Plan]:
         """What the search started from; its integer program takes seconds."""
-        graph, key = self.laboratory.bench.graph, f"{share} {self.laboratory.space.fingerprint} {code_version()}"
+        laboratory, graph = self._at(share), self.laboratory.bench.graph
+        key = f"{share} {laboratory.space.fingerprint} {code_version()}{margin_text(laboratory)}"
         if key not in self._first.known:
-            self._first.add(key, {name: plan.to_json() for name, plan in seeds(self.laboratory, share).items()})
+            self._first.add(key, {name: plan.to_json() for name, plan in seeds(laboratory, share).items()})
         return {name: Plan.from_json(data, graph) for name, data in self._first.known[key].items()}
 
     def _ratio(self, plan: Plan) -> float:
@@ -266,15 +302,16 @@ class Deliveries:
         return float(self._rungs.known[key])
 
     def _recovered(self, route: str, plan: Plan, epochs: float) -> tuple[nn.Module, Plan]:
-        """Trained as the product does by default, from the repaired model for the search alone."""
+        """Trained as the product does by default; other routes know no repaired model to start from."""
         bench, losses = self.laboratory.bench, parse_losses(DEFAULT)
-        started, full = bench.student(plan) if route == OURS else (None, plan)
+        repaired, full = bench.student(plan) if route == OURS else (None, plan)
 
         def make(other: Plan, whole: nn.Module) -> nn.Module:
-            if route != OURS:
+            if repaired is None:
                 return apply_plan(whole, bench.graph, other)
-            asked = started is not None and whole is bench.teacher and other == full
-            return started if asked else bench.students.make(other, whole).model  # type: ignore[return-value]
+            if whole is bench.teacher and other == full:
+                return starting_model(repaired, whole, bench.graph, full, epochs * batches_in(bench.task))
+            return bench.students.make(other, whole).model
 
         def objective(other: Plan) -> Distillation:
             pairs = pair_layers(bench.graph, other, bench.teacher) if losses.features else ()
@@ -311,15 +348,18 @@ def run(
     deadline: float | None = None,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """What the search of part (a) found with each of `seeds`, and the other routes.
+    """What the search found with each of `seeds`, and the other routes.
 
-    The steps that are named: `models` trains, the others measure and want an idle core.
+    The steps that are named: `searches` evaluates, `models` trains, the others measure and want an idle core.
     After `deadline` (of `time.monotonic`) no further model is begun.
     """
     deliveries = Deliveries(laboratory, cache, progress, routes=routes, seeds=seeds)
     if "cuts" in steps:
         deliveries.measure_cuts()
         progress.note(f"in 8 bits with nothing removed: {deliveries.untouched_ratio():.3f} of the original's latency")
+        deliveries.measure_about(shares)
+    if "searches" in steps:
+        deliveries.search(shares)
     if "finalists" in steps:
         deliveries.measure_finalists(shares)
     if not {"models", "timing"} & set(steps):

@@ -235,6 +235,11 @@ def code_version() -> str:
     return hashlib.sha256(_code().encode()).hexdigest()[:8]
 
 
+def margin_text(laboratory: Laboratory) -> str:
+    """What tells searches by corrected predictions from others, in keys."""
+    return "" if laboratory.margin == 1 else f" x{laboratory.margin:g}"
+
+
 def _code() -> str:
     return "".join(inspect.getsource(module) for module in OUR_CODE)
 
@@ -243,4 +248,4 @@ def _key(laboratory: Laboratory, method: str, share: float, seed: int) -> str:
     """Runs of the product's sampler are made again when its code has changed, all when the space has."""
     text = _code() if method == OURS else ""
     version = hashlib.sha256((laboratory.space.fingerprint + text).encode()).hexdigest()[:8]
-    return f"{method} {share:.2f} seed {seed} {version}"
+    return f"{method} {share:.2f} seed {seed} {version}{margin_text(laboratory)}"

@@ -1,9 +1,8 @@
 """Which plans are worth training: figures without training don't tell everything about them.
 
 Such a figure errs by more than good plans differ by, so of plans that it can't tell apart the milder one comes first.
-It also says little about what training wins back: more of what narrower layers lost than of what removed blocks lost.
-So plans that remove different blocks are all tried, whatever they lose before. And cuts that a budget doesn't need are
-undone.
+It also says little about what training wins back, which isn't the same share of every cut's loss. So plans that remove
+different blocks are all tried, unless they lose far more before. And cuts that a budget doesn't need are undone.
 """
 
 from __future__ import annotations

@@ -10,18 +10,21 @@ depends on what the weights are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
 
 from automl_compress.core.budget import Cost
+from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.timer import ratio
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.feasibility import additive_limits
 from automl_compress.search.quick import QuickDecoder
 from automl_compress.search.seeds import UNIFORM, fewest_blocks, simple_plans
+from automl_compress.search.space import SearchSpace
+from automl_compress.search.table import AdditiveTable
 
 CALIBRATION = "calibration.json"
 _NEAR = 1.25  # a plan that is predicted within this factor of the budget says something about it
@@ -38,32 +41,41 @@ def calibrate(campaign: Campaign) -> None:
         return
     known = campaign.folder.read_json(CALIBRATION) or {}
     if campaign.label not in known:
-        found = measure(campaign, about_the_budget(campaign))
-        factor = median(measured.latency_us / predicted.latency_us for predicted, measured in found) if found else 1.0
+        limits = additive_limits(campaign.aim, campaign.original)
+        plans = about_the_budget(campaign.space, campaign.bench.graph, campaign.table, limits, campaign.predict)
+        found = measure(campaign, plans)
+        factor = median(measured.latency_us / predicted.latency_us for predicted, measured in found)
         known[campaign.label] = campaign.costs.margins["latency"] * factor
         campaign.folder.write_json(CALIBRATION, known)
     campaign.calibrate(known[campaign.label])
 
 
-def about_the_budget(campaign: Campaign) -> list[Plan]:
-    """Plans of the kinds that searches deliver, predicted to be near the budget: quantized ones with blocks removed,
-    and what the table decodes to."""
-    space, quality, limit = campaign.space, campaign.table.quality, campaign.budget.limits["latency"]
+def about_the_budget(
+    space: SearchSpace,
+    graph: Graph,
+    table: AdditiveTable,
+    limits: Mapping[str, float],
+    predict: Callable[[Plan], Cost],
+) -> list[Plan]:
+    """Plans of the kinds that searches deliver, predicted to be near the limit on latency: quantized ones with blocks
+    removed, and what the table decodes to; where none is near, the nearest. `limits`: of the table, on latency and
+    size."""
     low = next((plan for name, plan in simple_plans(space).items() if name.startswith(UNIFORM)), Plan())
-    decoder = QuickDecoder(space, campaign.bench.graph, campaign.table)
-    limits = additive_limits(campaign.aim, campaign.original)
+    decoder = QuickDecoder(space, graph, table)
 
-    def within(scale: float, plan: Plan) -> bool:
-        return campaign.predict(plan).latency_us <= scale * limit
+    def excess(plan: Plan) -> float:
+        return predict(plan).latency_us / limits["latency"]
 
     plans = [low]
     for scale in _SCALES:
-        solution = decoder.solve(quality, {metric: scale * most for metric, most in limits.items()})
+        solution = decoder.solve(table.quality, {metric: scale * limit for metric, limit in limits.items()})
         plans += [solution.plan] if solution is not None else []
-        fewest = fewest_blocks(space, quality, low, partial(within, scale))
+        fewest = fewest_blocks(space, table.quality, low, partial(lambda most, plan: excess(plan) <= most, scale))
         plans += [fewest] if fewest is not None else []
     distinct = {space.plan_key(plan): plan for plan in plans}
-    return [p for p in distinct.values() if abs(math.log(campaign.predict(p).latency_us / limit)) <= math.log(_NEAR)]
+    nearest = sorted(distinct.values(), key=lambda plan: abs(math.log(excess(plan))))
+    near = [plan for plan in nearest if 1 / _NEAR <= excess(plan) <= _NEAR]
+    return near or nearest[:1]
 
 
 def confirm(campaign: Campaign, plans: Sequence[Plan]) -> None:
