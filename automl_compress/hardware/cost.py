@@ -3,7 +3,7 @@
 latency   which kernels the runtime will execute (found by asking it), each priced from the profile, and a correction
           for what the sum leaves out, fitted on models that were measured whole
 size      the bytes of the file, exactly
-memory    learned from file size, reordered weights, live activations and number of kernels of weighed models
+memory    learned from file size, blocked weights, live activations and kernels of weighed models
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from automl_compress.core.budget import METRICS, Cost
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.fit import MEDIAN_DEVIATION, Fit, fit
 from automl_compress.hardware.interpolate import PriceList, Total
-from automl_compress.hardware.kernel_key import reordered_bytes, traffic_bytes
+from automl_compress.hardware.kernel_key import integer_nodes, reordered_bytes, runs_weight_only, traffic_bytes
 from automl_compress.hardware.kernels import Kernel, structure_digest, weight_bytes
 from automl_compress.hardware.measure import measure_model
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import ModelRecord
 
 # What the runtime's allocator takes at first, the file and its copies, weights that are kept in another layout as well,
-# the activations, and what is kept for each node.
-_MEMORY_PRIOR = (2.0e6, 1.7, 1.2, 1.8, 7e3)
+# the activations, what is kept for each node and, beside it, for one in integers, and what unpacks weights.
+_MEMORY_PRIOR = (1.8e6, 1.7, 1.2, 1.8, 3e3, 2e4, 1.1e6)
 # Weighing repeats to a few percent and the prior is close, so that fewer models do than for the latency.
 _ENOUGH_WEIGHED = 4
 # What the correction's terms are called in the profile.
@@ -57,14 +57,17 @@ _TWO_SIDED_95 = 1.96
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """Bytes of a model: its file, its constants, those that the runtime takes for them in layouts of its own, the peak
-    of activations that are alive at the same time, and what all kernels read and write in one run."""
+    """Bytes of a model: its file, its constants, those of them that the runtime puts into its blocked layout, the peak
+    of activations that are alive at the same time, and what all kernels read and write in one run; how many kernels
+    compute in integers, and whether one unpacks weights."""
 
     file: float
     weights: float
     reordered: float
     activations: float
     traffic: float
+    integer_nodes: float
+    weight_only: bool
 
 
 class CostModel:
@@ -140,6 +143,8 @@ class CostModel:
             reordered=reordered_bytes(keys),
             activations=lowered.activation_bytes,
             traffic=traffic_bytes(keys),
+            integer_nodes=integer_nodes(keys),
+            weight_only=runs_weight_only(keys),
         )
         return self.cost_of(total, len(keys), tensors)
 
@@ -160,13 +165,16 @@ class CostModel:
     def _memory_bytes(self, tensors: Tensors, nodes: float, process: Fit) -> float:
         if self.profile.header.memory.model == "tensors":
             return tensors.weights + tensors.activations
-        return process((1.0, tensors.file, tensors.reordered, tensors.activations, nodes))
+        return process(
+            _memory_terms(
+                tensors.file, tensors.reordered, tensors.activations, nodes, tensors.integer_nodes, tensors.weight_only
+            )
+        )
 
     def fits(self, total_us: float) -> tuple[Fit, Fit]:
         """What a model whose kernels add up to `total_us` is predicted by.
 
-        Latency in microseconds from the terms of `LATENCY_TERMS`, memory in bytes from (1, file size, reordered
-        weights, live activations, number of kernels).
+        Latency in microseconds from the terms of `LATENCY_TERMS`, memory in bytes from `_memory_terms`.
         """
         if self.profile.revision != self._fitted:
             self._fits.clear()
@@ -283,9 +291,18 @@ def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
 
 
 def _fit_memory(records: Sequence[ModelRecord]) -> Fit:
-    weighed = [
-        (r, r.memory_bytes, r.reordered_bytes) for r in records if r.memory_bytes and r.reordered_bytes is not None
-    ]
-    rows = [(1.0, r.size_bytes, again, r.activation_bytes, r.nodes) for r, _, again in weighed]
-    peaks = [float(peak) for _, peak, _ in weighed]
+    rows, peaks = [], []
+    for r in records:
+        if r.memory_bytes and r.integer_nodes is not None:
+            kept = (r.nodes, r.integer_nodes, bool(r.weight_only))
+            rows.append(_memory_terms(r.size_bytes, r.reordered_bytes or 0, r.activation_bytes, *kept))
+            peaks.append(float(r.memory_bytes))
     return fit(rows, peaks, _MEMORY_PRIOR, nonnegative=True, enough=_ENOUGH_WEIGHED)
+
+
+def _memory_terms(
+    size_bytes: float, reordered_bytes: float, activation_bytes: float, nodes: float, integers: float, weight_only: bool
+) -> tuple[float, ...]:
+    """What a process's memory is made of. Code that is read from the disk counts, too: that for unpacking weights takes
+    a megabyte."""
+    return (1.0, size_bytes, reordered_bytes, activation_bytes, nodes, integers, float(weight_only))

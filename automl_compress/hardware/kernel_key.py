@@ -17,8 +17,8 @@ FULL_BITS = 32
 _VECTOR = 4
 _FEWEST_VECTORIZED = 16
 BLOCKED = ".nchwc"
-# What a byte of MatMulNBits' weights takes while they are packed, as a multiple of a byte of blocked ones.
-UNPACKED = 4
+_INTEGER = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul")
+_WEIGHT_ONLY = "MatMulNBits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +130,18 @@ def traffic_bytes(keys: Iterable[str]) -> int:
 
 
 def reordered_bytes(keys: Iterable[str]) -> int:
-    """Bytes that the runtime takes for weights in layouts of its own: blocked ones, and those packed for MatMulNBits,
-    on whose way there it unpacks them."""
-    parts = [read_key(key) for key in keys]
-    blocked = sum(tensor.bytes for part in parts if part.op.endswith(BLOCKED) for tensor in part.weights)
-    packed = sum(tensor.bytes for part in parts if part.op == "MatMulNBits" for tensor in part.weights)
-    return blocked + UNPACKED * packed
+    """Bytes of the weights that the runtime puts into its blocked layout."""
+    return sum(tensor.bytes for key in keys if (part := read_key(key)).op.endswith(BLOCKED) for tensor in part.weights)
+
+
+def integer_nodes(keys: Iterable[str]) -> int:
+    """How many kernels compute in integers; each keeps packed weights, scales and zero points."""
+    return sum(read_key(key).name.startswith(_INTEGER) for key in keys)
+
+
+def runs_weight_only(keys: Iterable[str]) -> bool:
+    """Whether weights of fewer bits are unpacked inside of a kernel: what does that takes memory, once for all."""
+    return any(read_key(key).name == _WEIGHT_ONLY for key in keys)
 
 
 def _tensors(text: str) -> tuple[Tensor, ...]:

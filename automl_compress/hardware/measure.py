@@ -18,7 +18,7 @@ from automl_compress.errors import DeviceError
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.executed import RawKernel, Trace
 from automl_compress.hardware.interpolate import PriceList
-from automl_compress.hardware.kernel_key import reordered_bytes, traffic_bytes
+from automl_compress.hardware.kernel_key import integer_nodes, reordered_bytes, runs_weight_only, traffic_bytes
 from automl_compress.hardware.kernels import Kernel, key_of
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.schema import KernelRecord, ModelRecord
@@ -142,6 +142,8 @@ def measure_model(
         size_bytes=model.ByteSize(),
         activation_bytes=lowered.activation_bytes,
         reordered_bytes=reordered_bytes(keys),
+        integer_nodes=integer_nodes(keys),
+        weight_only=runs_weight_only(keys),
         traffic_bytes=traffic,
         pace_us=round(pace_us, 3) if pace_us else None,
         predicted_us=round(before.us, 3) if before else None,
@@ -220,17 +222,27 @@ def spread_evenly(keys: Sequence[str], count: int) -> list[str]:
 def weigh_models(
     device: Device, models: Iterable[onnx.ModelProto], *, between: Callable[[], None] = lambda: None
 ) -> int:
-    """Measure the memory of models that the profile has, and record them again; returns how many lacked it."""
+    """Measure the memory of models that the profile has, and record them again; returns how many lacked it, or what
+    memory is predicted by, as older lines do."""
     if not device.measures:
         return 0
     weighed = 0
     for model in models:
-        record = device.profile.model(device.lowered(model).key)
-        if record is None or record.memory_bytes is not None:
+        lowered = device.lowered(model)
+        record = device.profile.model(lowered.key)
+        if record is None or (record.memory_bytes is not None and record.integer_nodes is not None):
             continue
         device.profile.require_match()
+        keys = [kernel.key for kernel in lowered.kernels]
         with device.saved(model) as path:
-            device.profile.add_models([replace(record, memory_bytes=device.memory_bytes(path))])
+            weighed_record = replace(
+                record,
+                memory_bytes=device.memory_bytes(path),
+                reordered_bytes=reordered_bytes(keys),
+                integer_nodes=integer_nodes(keys),
+                weight_only=runs_weight_only(keys),
+            )
+        device.profile.add_models([weighed_record])
         weighed += 1
         between()
     return weighed

@@ -22,6 +22,7 @@ Text = Annotated[str, Field(strict=True, min_length=1)]
 Count = Annotated[int, Field(strict=True, gt=0, le=10**9)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=10**18)]
 Real = Annotated[float, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Bursts = tuple[NotNegative, ...]
@@ -106,9 +107,10 @@ class ModelRecord:
     """A whole model: what its kernels add up to beside what it really takes, for fitting and checking predictions.
 
     `key` is the digest of its structure, `family` that of the model that it is a variant of, `nodes` counts executed
-    kernels, `reordered_bytes` the weights that the runtime puts into layouts of its own, `traffic_bytes` what all
-    kernels read and write in one run, `pace_us` what a fixed computation takes at the clock that the times refer to
-    (all three None in older files), `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
+    kernels, `integer_nodes` those that compute in integers, `weight_only` tells whether one unpacks weights,
+    `reordered_bytes` are the weights that the runtime puts into its blocked layout, `traffic_bytes` what all kernels
+    read and write in one run, `pace_us` what a fixed computation takes at the clock that the times refer to
+    (all five None in older files), `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
     predicts from other models' kernels, or predicted before this model was measured, with the share `foreseen` of it
     from kernels that it had measured.
     """
@@ -124,6 +126,8 @@ class ModelRecord:
     size_bytes: Whole
     activation_bytes: Whole
     reordered_bytes: Whole | None = None
+    integer_nodes: Whole | None = None
+    weight_only: Flag | None = None
     traffic_bytes: Whole | None = None
     pace_us: Positive | None = None
     memory_bytes: Whole | None = None

@@ -26,7 +26,7 @@ from automl_compress.hardware.device import Device
 from automl_compress.hardware.fit import Fit
 from automl_compress.hardware.foresee import foresee
 from automl_compress.hardware.interpolate import PriceList
-from automl_compress.hardware.kernel_key import UNPACKED, reordered_bytes, traffic_bytes
+from automl_compress.hardware.kernel_key import integer_nodes, reordered_bytes, traffic_bytes
 from automl_compress.hardware.kernels import Kernel, Lowered
 from automl_compress.hardware.measure import (
     Filled,
@@ -102,6 +102,7 @@ class Forecast:
         self._activation_share = 1.0
         self._reordered_share = 0.0
         self._traffic_share = 1.0
+        self._integer_share = 1.0
 
     def learn(
         self,
@@ -159,6 +160,8 @@ class Forecast:
             reordered=self._reordered_share * self._blocked_bytes(sketch),
             activations=self._activation_share * sketch.live_bytes(),
             traffic=self._traffic_share * sketch.moved_bytes(),
+            integer_nodes=self._integer_share * sum(sketch.integer),
+            weight_only=self._weight_only(sketch),
         )
         return self.costs.cost_of(total, nodes, tensors)
 
@@ -211,6 +214,9 @@ class Forecast:
             blocked = sum(self._blocked_bytes(sketch) for sketch in sketches)
             found = sum(reordered_bytes(kernel.key for kernel in lowered.kernels) for lowered, _ in seen)
             self._reordered_share = found / blocked if blocked else 0.0
+            asked = sum(sum(sketch.integer) for sketch in sketches)
+            computed = sum(integer_nodes(kernel.key for kernel in lowered.kernels) for lowered, _ in seen)
+            self._integer_share = computed / asked if asked else 0.0
             moved = [traffic_bytes(kernel.key for kernel in lowered.kernels) for lowered, _ in seen]
             self._traffic_share = float(
                 np.median([found / sketch.moved_bytes() for found, sketch in zip(moved, sketches, strict=True)])
@@ -222,18 +228,20 @@ class Forecast:
         return self._surroundings
 
     def _blocked_bytes(self, sketch: Sketch) -> float:
-        """Weights of convolutions that may run in the runtime's blocked layout, which are those in floating point, and
-        what packed weights count for beside them."""
-        layers, executions, total = self.bench.graph.layer, self.bench.executions, 0.0
+        """Weights of convolutions that may run in the runtime's blocked layout: those in floating point."""
+        layers, total = self.bench.graph.layer, 0.0
         for position, name in enumerate(sketch.skeleton.layers):
-            if name is None or sketch.integer[position]:
-                continue
-            channels, bits = (sketch.read[position], sketch.written[position]), sketch.bits[position]
-            if bits != FULL_BITS and format_of(layers[name].kind, bits, executions) == "blocks":
-                total += UNPACKED * layer_bytes(layers[name], (*channels, bits), executions)
-            elif layers[name].kernel:
-                total += layer_bytes(layers[name], (*channels, FULL_BITS))
+            if name is not None and not sketch.integer[position] and layers[name].kernel:
+                total += layer_bytes(layers[name], (sketch.read[position], sketch.written[position], FULL_BITS))
         return total
+
+    def _weight_only(self, sketch: Sketch) -> bool:
+        """Whether a layer is to keep weights of fewer bits that a kernel unpacks."""
+        layers, executions = self.bench.graph.layer, self.bench.executions
+        return any(
+            bits != FULL_BITS and name is not None and format_of(layers[name].kind, bits, executions) == "blocks"
+            for name, bits in zip(sketch.skeleton.layers, sketch.bits, strict=True)
+        )
 
     def _lower(self, plan: Plan, show: Progress) -> onnx.ModelProto:
         model = self.bench.structure(plan)
