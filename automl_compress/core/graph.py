@@ -198,7 +198,14 @@ class Graph:
 
     def groups_of(self, layer: Layer, side: End) -> tuple[str, ...]:
         """The groups that make the layer's input or output narrower."""
-        return tuple(dict.fromkeys(name for _, names in self._cells[layer.name, side] for name in names))
+        return self._groups_of[layer.name, side]
+
+    @cached_property
+    def _groups_of(self) -> dict[tuple[str, End], tuple[str, ...]]:
+        return {
+            place: tuple(dict.fromkeys(name for _, names in cells for name in names))
+            for place, cells in self._cells.items()
+        }
 
     @cached_property
     def _holders(self) -> dict[tuple[str, int], dict[int, tuple[str, ...]]]:

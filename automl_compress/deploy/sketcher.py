@@ -20,7 +20,7 @@ from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.export import Template
 from automl_compress.hardware.sketch import Skeleton, Sketch
-from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, GraphView, attribute, layer_of
+from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, GraphView, layer_of
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.placement import place
 
@@ -149,8 +149,8 @@ class Sketcher:
 
 def _kind(node: onnx.NodeProto) -> str:
     """An operator with what of its attributes changes how it runs."""
-    values = [(name, attribute(node, name)) for name in _GEOMETRY]
-    return " ".join([node.op_type, *(f"{name}={value}" for name, value in values if value is not None)])
+    values = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute if item.name in _GEOMETRY}
+    return " ".join([node.op_type, *(f"{name}={values[name]}" for name in _GEOMETRY if name in values)])
 
 
 def value_shapes(model: onnx.ModelProto) -> dict[str, Shape]:

@@ -17,6 +17,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -250,15 +251,30 @@ class SizeCurve:
         logs, blocks = _features(np.array([place.sizes], dtype=int)[:, self._columns])
         along, across = self._reach
         distances = _distances(self._logs, logs, along)[:, 0] + _distances(self._blocks, blocks, across)[:, 0]
-        near = np.argsort(distances, kind="stable")[:_NEIGHBOURS]
-        between = _distances(self._logs[near], self._logs[near], along)
-        between += _distances(self._blocks[near], self._blocks[near], across)
-        covariance = _SIGNAL**2 * np.exp(-0.5 * between) + np.diag(self._noise[near] ** 2)
-        toward = _SIGNAL**2 * np.exp(-0.5 * distances[near])
-        weights = np.linalg.solve(covariance, toward)
+        if len(distances) <= _NEIGHBOURS:
+            toward = _SIGNAL**2 * np.exp(-0.5 * distances)
+            weights: Array = self._inverse @ toward
+            ratio = float(weights @ self._residuals)
+        else:
+            near = np.argsort(distances, kind="stable")[:_NEIGHBOURS]
+            toward = _SIGNAL**2 * np.exp(-0.5 * distances[near])
+            weights = np.linalg.solve(self._covariance(near), toward)
+            ratio = float(weights @ self._residuals[near])
         variance = max(_SIGNAL**2 - float(weights @ toward), 0.0) + _NOISE**2
-        ratio = float(weights @ self._residuals[near])
         return self.roofline(place) * float(np.exp(ratio)), self._doubt * float(np.sqrt(variance))
+
+    @cached_property
+    def _inverse(self) -> Array:
+        """Of the covariance of all kernels, where these are few: the same for every place that is asked about."""
+        inverse: Array = np.linalg.inv(self._covariance(np.arange(len(self._times))))
+        return inverse
+
+    def _covariance(self, some: NDArray[np.intp]) -> Array:
+        along, across = self._reach
+        between = _distances(self._logs[some], self._logs[some], along)
+        between += _distances(self._blocks[some], self._blocks[some], across)
+        covariance: Array = _SIGNAL**2 * np.exp(-0.5 * between) + np.diag(self._noise[some] ** 2)
+        return covariance
 
     def at_known(self) -> list[tuple[float, float]]:
         """(microseconds, relative standard deviation) that the family says of each kernel that it was fitted to."""

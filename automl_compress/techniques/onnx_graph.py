@@ -44,6 +44,11 @@ class GraphView:
         self.outputs = [value.name for value in graph.output]
 
     @cached_property
+    def layers(self) -> list[tuple[str, onnx.NodeProto]]:
+        """(layer, node) of every node of `LAYER_OPERATORS`."""
+        return [(layer_of(node.name), node) for node in self.nodes if node.op_type in LAYER_OPERATORS]
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
         """Value name -> shape as far as the graph states it; None stands for a size that is free."""
         result = {name: tuple(tensor.dims) for name, tensor in self.initializers.items()}

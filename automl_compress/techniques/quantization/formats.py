@@ -20,7 +20,7 @@ import onnx
 
 from automl_compress.core.plan import FULL_BITS
 from automl_compress.errors import PlanError
-from automl_compress.techniques.onnx_graph import GraphView, attribute, layer_of
+from automl_compress.techniques.onnx_graph import GraphView, attribute
 
 Format = Literal["float", "integer", "blocks", "folded"]
 Execution = Literal["native", "emulated", "weight-only", "storage"]
@@ -94,9 +94,9 @@ def layer_formats(view: GraphView, bits: Mapping[str, int], executions: Executio
     transposed convolution, a product of two activations) stays in floating point, and `deploy.verify` tells.
     """
     found: dict[str, tuple[Format, int]] = {}
-    for node in view.nodes:
-        width = bits.get(layer_of(node.name), FULL_BITS)
-        if node.op_type not in _KINDS or width == FULL_BITS:
+    for layer, node in view.layers:
+        width = bits.get(layer, FULL_BITS)
+        if width == FULL_BITS:
             continue
         chosen = format_of(_KINDS[node.op_type], width, executions)
         axis = weight_axis(node, view)
