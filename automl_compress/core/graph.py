@@ -201,7 +201,7 @@ class Graph:
         return self._groups_of[layer.name, side]
 
     @cached_property
-    def _groups_of(self) -> dict[tuple[str, End], tuple[str, ...]]:
+    def _groups_of(self) -> dict[tuple[str, str], tuple[str, ...]]:
         return {
             place: tuple(dict.fromkeys(name for _, names in cells for name in names))
             for place, cells in self._cells.items()
@@ -234,22 +234,39 @@ class Graph:
         if layer.groups == 1 or (axes["in"] == axes["out"] and channels["in"] == channels["out"]):
             return _counted(holders.get(position, ()) for position in range(channels[side]))
         # With groups, the weight's dimension holds one group's channels; whole groups show along the other dimension.
-        across = self._holders.get((layer.weight, axes[other]), {})
-        block = max(1, channels[other] // layer.groups)
-        outer = [
-            tuple(
-                name
-                for name in across.get(start, ())
-                if all(name in across.get(position, ()) for position in range(start, start + block))
-            )
-            for start in range(0, layer.groups * block, block)
-        ]
+        outer = self._group_holders(layer, axes[other], max(1, channels[other] // layer.groups))
         within = channels[side] // layer.groups
         if self.sizes.get(layer.weight, (0,) * 8)[axes[side]] != within:  # this side lies along the weight in full
             return _counted(holders.get(position, ()) for position in range(channels[side]))
         if axes["in"] == axes["out"]:
             return _counted(names for names in outer for _ in range(within))
         return _counted((*names, *holders.get(i, ())) for names in outer for i in range(within))
+
+    def _group_holders(self, layer: Layer, axis: int, block: int) -> list[tuple[str, ...]]:
+        """The groups that each of a convolution's groups goes with, which lie in blocks along an axis of its weight."""
+        across = self._holders.get((layer.weight, axis), {})
+        whole = {
+            group.name
+            for group in self.groups
+            for place in group.places
+            if (place.tensor, place.dim) == (layer.weight, axis)
+            and all(len({position // block for position in where}) * block == len(where) for where in place.positions)
+        }
+        starts = range(0, layer.groups * block, block)
+        return [tuple(name for name in across.get(start, ()) if name in whole) for start in starts]
+
+    def convolution_groups(self, layer: Layer, kept: Mapping[str, int]) -> int:
+        """How many groups a convolution has left when each channel group keeps `kept[group]` of its channels."""
+        return max(1, self.count(self._convolution_cells[layer.name], kept)) if layer.groups > 1 else 1
+
+    @cached_property
+    def _convolution_cells(self) -> dict[str, list[tuple[int, tuple[str, ...]]]]:
+        """Layer -> how many of its groups go with which channel groups."""
+        grouped = [layer for layer in self.layers if layer.groups > 1]
+        blocks = {
+            layer.name: self.sizes.get(layer.weight, (layer.out_channels,))[0] // layer.groups for layer in grouped
+        }
+        return {layer.name: _counted(self._group_holders(layer, 0, max(1, blocks[layer.name]))) for layer in grouped}
 
     @property
     def params(self) -> int:

@@ -253,12 +253,12 @@ class SizeCurve:
         distances = _distances(self._logs, logs, along)[:, 0] + _distances(self._blocks, blocks, across)[:, 0]
         if len(distances) <= _NEIGHBOURS:
             toward = _SIGNAL**2 * np.exp(-0.5 * distances)
-            weights: Array = self._inverse @ toward
+            weights = self._inverse @ toward
             ratio = float(weights @ self._residuals)
         else:
             near = np.argsort(distances, kind="stable")[:_NEIGHBOURS]
             toward = _SIGNAL**2 * np.exp(-0.5 * distances[near])
-            weights = np.linalg.solve(self._covariance(near), toward)
+            weights = np.asarray(np.linalg.solve(self._covariance(near), toward), dtype=float)
             ratio = float(weights @ self._residuals[near])
         variance = max(_SIGNAL**2 - float(weights @ toward), 0.0) + _NOISE**2
         return self.roofline(place) * float(np.exp(ratio)), self._doubt * float(np.sqrt(variance))
@@ -266,8 +266,7 @@ class SizeCurve:
     @cached_property
     def _inverse(self) -> Array:
         """Of the covariance of all kernels, where these are few: the same for every place that is asked about."""
-        inverse: Array = np.linalg.inv(self._covariance(np.arange(len(self._times))))
-        return inverse
+        return np.asarray(np.linalg.inv(self._covariance(np.arange(len(self._times)))), dtype=float)
 
     def _covariance(self, some: NDArray[np.intp]) -> Array:
         along, across = self._reach

@@ -195,7 +195,7 @@ class Forecast:
             bench.graph,
             bench.original,
             narrowed=lambda plan: bench.structure(plan),
-            size_of=lambda plan: weight_bytes(bench.graph, plan),
+            size_of=lambda plan: weight_bytes(bench.graph, plan, bench.executions),
             executions=bench.executions,
         )
 

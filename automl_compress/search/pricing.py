@@ -159,13 +159,18 @@ def _told(
     }
 
 
-def layer_bytes(layer: Layer, shape: Shape, executions: Executions = DEFAULT_EXECUTIONS) -> float:
-    """Bytes of a layer's weights in the file at (input channels, output channels, bits), scales included."""
+def layer_bytes(
+    layer: Layer, shape: Shape, executions: Executions = DEFAULT_EXECUTIONS, *, groups: int | None = None
+) -> float:
+    """Bytes of a layer's weights in the file at (input channels, output channels, bits), scales included; `groups` of
+    a convolution are left (default: all)."""
     inputs, outputs, bits = shape
-    weights = float(outputs if layer.in_axis == layer.out_axis else inputs * outputs / layer.groups)
+    weights = float(outputs if layer.in_axis == layer.out_axis else inputs * outputs / (groups or layer.groups))
     for size in layer.kernel:
         weights *= size
     form = format_of(layer.kind, bits, executions)
+    if layer.kind == "conv" and layer.in_axis < layer.out_axis and form == "integer":
+        form, bits = "float", FULL_BITS  # a transposed convolution has no integer kernel, and stays as it is
     stored, plain_bias = weights * bits / 8, 4 * outputs
     if form == "float":
         return stored + plain_bias
@@ -185,10 +190,15 @@ def _shapes(graph: Graph, plan: Plan, executions: Executions) -> set[tuple[str, 
     return found
 
 
-def weight_bytes(graph: Graph, plan: Plan) -> float:
+def weight_bytes(graph: Graph, plan: Plan, executions: Executions = DEFAULT_EXECUTIONS) -> float:
     """Bytes of all layers' weights in the file under a plan, scales included."""
-    widths = plan.widths(graph)
-    return sum(layer_bytes(graph.layer[name], (*widths[name], plan.layer_bits(name))) for name in widths)
+    kept = {group.name: plan.kept_count(group.name, group.size) for group in graph.groups}
+    total = 0.0
+    for name, widths in plan.widths(graph).items():
+        layer = graph.layer[name]
+        groups = graph.convolution_groups(layer, kept)
+        total += layer_bytes(layer, (*widths, plan.layer_bits(name)), executions, groups=groups)
+    return total
 
 
 def _reachable(space: SearchSpace, graph: Graph, executions: Executions) -> set[tuple[str, Shape]]:

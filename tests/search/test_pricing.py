@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.kernels import Kernel
+from automl_compress.model.surgery import cut
+from automl_compress.model.trace import trace
 from automl_compress.search.pricing import (
     additive_table,
     computed_bits,
@@ -14,6 +20,7 @@ from automl_compress.search.pricing import (
     layer_bytes,
     random_plan,
     uniform_bits,
+    weight_bytes,
 )
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS
 from tests.search import campaigns, networks
@@ -105,6 +112,20 @@ def test_a_layers_bytes_are_those_of_its_initializers() -> None:
         for name, widths in plan.widths(bench.graph).items():
             found = sizes[f"{name}.weight"] + sizes.get(f"{name}.bias", 0)
             assert layer_bytes(bench.graph.layer[name], (*widths, 32)) == pytest.approx(found, abs=4 * widths[1])
+
+
+def test_what_is_left_of_convolutions_in_groups_and_transposed_ones_is_counted_exactly() -> None:
+    grouped, transposed = nn.Conv2d(8, 12, 3, groups=4), nn.ConvTranspose2d(12, 6, 2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), grouped, transposed, nn.Flatten(), nn.Linear(6 * 49, 5)).eval()
+    graph = trace(model, (torch.zeros(1, 3, 8, 8),))
+    sizes = {group.name: group.size for group in graph.groups}
+    assert sorted(sizes.values()) == [2, 3, 4, 6]
+    for counts in itertools.product(*(sorted({1, size - 1, size}) for size in sizes.values())):
+        plan = Plan(kept={name: tuple(range(count)) for name, count in zip(sizes, counts, strict=True)})
+        small = cut(model, graph, kept=plan.kept)
+        assert plan.widths(graph)["1"] == (small[1].in_channels, small[1].out_channels)
+        assert weight_bytes(graph, plan) == 4 * sum(parameter.numel() for parameter in small.parameters())
+    assert weight_bytes(graph, Plan(bits={"2": 8})) == weight_bytes(graph, Plan()), "it has no integer kernel"
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
