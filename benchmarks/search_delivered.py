@@ -31,25 +31,18 @@ from search_evaluations import run as search_run
 from search_evaluator import Lines
 from search_laboratory import Laboratory
 from search_peers import ROUTES, UNTOUCHED, cuts, eight_bits
-from torch import nn
+from search_training import recovered
 
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.timer import ratio
 from automl_compress.progress import Progress
-from automl_compress.recovery.job import Job
-from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
-from automl_compress.recovery.start import starting_model
 from automl_compress.search.entrants import in_order, variants
 from automl_compress.search.halving import best_alike
 from automl_compress.search.measuring import about_the_budget
 from automl_compress.search.seeds import FEWEST_BLOCKS
 from automl_compress.search.timing import most_entrants, rungs
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
-from automl_compress.techniques.distillation.objective import Distillation
-from automl_compress.techniques.distillation.pairing import pair_layers
-from automl_compress.techniques.prune import apply_plan
-from automl_compress.techniques.training.data import batches_in
 from automl_compress.techniques.training.settings import Training
 
 OURS = "search"
@@ -150,7 +143,7 @@ class Deliveries:
             return
         self.progress.stage(f"{item.name}: {item.epochs:g} epochs", None)
         bench = self.laboratory.bench
-        model, plan = self._recovered(item.route, item.plan, item.epochs)
+        model, plan = recovered(bench, item.plan, item.epochs, repaired=item.route == OURS)
         exported = bench.export(model, plan, bench.quantization(model, plan, thorough=True))
         onnx.save(exported, self._path(item))
         validation, test = (bench.metric(exported, split) for split in ("validation", "test"))
@@ -297,37 +290,9 @@ class Deliveries:
         if key not in self._rungs.known:
             self.progress.stage(f"{plan.key}: {epochs:.2g} epochs", None)
             bench = self.laboratory.bench
-            model, full = self._recovered(OURS, plan, epochs)
+            model, full = recovered(bench, plan, epochs, repaired=True)
             self._rungs.add(key, bench.metric(bench.export(model, full), "validation"))
         return float(self._rungs.known[key])
-
-    def _recovered(self, route: str, plan: Plan, epochs: float) -> tuple[nn.Module, Plan]:
-        """Trained as the product does by default; other routes know no repaired model to start from."""
-        bench, losses = self.laboratory.bench, parse_losses(DEFAULT)
-        repaired, full = bench.student(plan) if route == OURS else (None, plan)
-
-        def make(other: Plan, whole: nn.Module) -> nn.Module:
-            if repaired is None:
-                return apply_plan(whole, bench.graph, other)
-            if whole is bench.teacher and other == full:
-                return starting_model(repaired, whole, bench.graph, full, epochs * batches_in(bench.task))
-            return bench.students.make(other, whole).model
-
-        def objective(other: Plan) -> Distillation:
-            pairs = pair_layers(bench.graph, other, bench.teacher) if losses.features else ()
-            return Distillation(bench.task, bench.teacher, losses, pairs)
-
-        job = Job(
-            task=bench.task,
-            teacher=bench.teacher,
-            graph=bench.graph,
-            plan=full,
-            make=make,
-            objective=objective,
-            training=Training(epochs=epochs),
-        )
-        done = mode_of(DEFAULT_MODE)(job)
-        return done.model, done.plan
 
     def _key(self, item: Item) -> str:
         return f"{item.name} {item.epochs:g} {self._recipe}"
