@@ -18,7 +18,7 @@ from automl_compress.search.halving import halve
 from automl_compress.search.ladder import FULL, UNTRAINED, Recovery
 from automl_compress.search.seeds import MILP, UNIFORM
 from automl_compress.search.settings import Settings
-from automl_compress.search.timing import SHARES, Allotment, Costs, TooShort, allot, rungs, unlimited
+from automl_compress.search.timing import SHARES, Allotment, Costs, TooShort, allot, least, rungs, unlimited
 from automl_compress.techniques.training.data import batches_in
 from automl_compress.techniques.training.log import OnStep, StepReport
 from automl_compress.techniques.training.settings import Training
@@ -43,9 +43,14 @@ class Climber:
     def __init__(self, campaign: Campaign, settings: Settings) -> None:
         self.campaign, self.schedule, self.effort = campaign, settings.schedule, settings.baselines
         self.recovery = Recovery(campaign.bench, campaign.folder, settings.losses, settings.recovery)
+        self._begun = False
 
     def allot(self, trials: int, *, baselines: int, looks: int = 1) -> Allotment:
-        """What of the search fits into the time that is left; all of it without a limit. InputError if nothing does."""
+        """What of the search fits into the time that is left; all of it without a limit.
+
+        Raises InputError if nothing does when the first is asked for; later there are trials, and an untrained model of
+        the best is worth more than a limit kept to the second.
+        """
         clock, epochs = self.campaign.clock, self.schedule.epochs
         left = clock.left
         if left is None:
@@ -54,7 +59,10 @@ class Climber:
         try:
             found = allot(left, costs, epochs=epochs, baselines=baselines, trials=trials, looks=looks)
         except TooShort as short:
-            clock.refuse(str(short), short.missing)
+            if not self._begun:
+                clock.refuse(str(short), short.missing)
+            found = least(epochs)
+        self._begun = True
         return found
 
     def _tell(self, cut: str) -> None:

@@ -123,6 +123,12 @@ def unlimited(epochs: float) -> Allotment:
     return Allotment(exploring=None, rungs=rungs(epochs, most_entrants(epochs)), baseline_epochs=epochs)
 
 
+def least(epochs: float) -> Allotment:
+    """One model is finished without training, and no more trials: what is done when the time is nearly over."""
+    cut = _cut(epochs, 0.0, 1, most_entrants(epochs), baselines=False)
+    return Allotment(exploring=0.0, rungs=rungs(0.0, 1), baseline_epochs=0.0, baselines=0, cut=cut)
+
+
 def allot(left: float, costs: Costs, *, epochs: float, baselines: int, trials: int, looks: int = 1) -> Allotment:
     """Divide `left` seconds.
 

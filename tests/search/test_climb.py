@@ -132,3 +132,15 @@ def test_what_is_cut_is_told_when_it_is_done(hand: Hand, monkeypatch: pytest.Mon
 def test_a_limit_below_the_least_is_refused(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"--timeout 5s is too short: .* a trial takes 0\.5 s"):
         climber(hand, monkeypatch, limit=5.0).allot(10, baselines=0)
+
+
+def test_once_there_are_trials_a_model_is_finished_however_little_time_is_left(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = climber(hand, monkeypatch, limit=60.0)
+    found.allot(10, baselines=2)
+    hand.time += 59.0
+    allotment = found.allot(0, baselines=2)
+    assert (allotment.exploring, allotment.epochs) == (0.0, 0.0)
+    assert found.climb(found.campaign, [Plan(width=0.5)], allotment).plan == Plan(width=0.5)
+    assert any("0 instead of 3 epochs" in cut for cut in found.campaign.clock.cuts)
