@@ -119,7 +119,7 @@ def optimum(graph: Any, space: Any, table: Any, limits: dict[str, float]) -> flo
 
     if len(space.decisions) > _PROVEN:
         return lower_bound(graph, space, table, limits)
-    found = Decoder(space, graph, table).solve(table.quality, limits, gap=1e-6, time_limit_s=600.0)
+    found = Decoder(space, graph, table).solve(table.quality, limits, gap=1e-6, exhaustive=True)
     assert found is not None
     return float(found.loss)
 

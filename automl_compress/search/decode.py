@@ -1,8 +1,8 @@
 """From a table of estimates and limits to the best plan: quickly by multipliers and local search, exactly by a MILP.
 
 `solve` asks both. The quick answer (`quick.QuickDecoder`) takes milliseconds and is usually the optimum or within a
-percent of it; the integer program (`program.Decoder`) improves it, proves that nothing meets the limits, or runs out of
-its time, as it does with hundreds of decisions.
+percent of it; the integer program (`program.Decoder`) improves it, proves that nothing meets the limits, or gives up
+where that takes too much.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.search.losses import additive_loss, options_in_force, sparsity_everywhere
-from automl_compress.search.program import Decoder, NoPlanInTime
+from automl_compress.search.program import Decoder, Unsolved
 from automl_compress.search.quick import QuickDecoder
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import ADDITIVE, AdditiveTable, LayerCost, Solution
@@ -31,26 +31,21 @@ __all__ = [
     "solve",
 ]
 
-_SECONDS = 5.0
 
-
-def solve(
-    space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mapping[str, float], *, seconds: float = _SECONDS
-) -> Plan | None:
+def solve(space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mapping[str, float]) -> Plan | None:
     """The plan with the least estimated loss whose cost by the table meets the limits; None if there is none.
 
     limits   'latency' in microseconds, 'size' in bytes; 'memory' doesn't add up over layers and is left to the cost
              model
-    seconds  for the exact solver, at each student width; when they are over, the best plan that is known counts
 
     Student widths other than the full one are tried only where sparsity can't take their place: when some group has no
-    sparsity to choose, or nothing was found. Raises NoPlanInTime if the time passes before anything is found or
-    excluded.
+    sparsity to choose, or nothing was found. Where the exact solver gives up, the best plan that is known counts;
+    Unsolved is raised if there is none.
     """
     widths = student_widths(space)
-    found = _solve_at(space, graph, table, limits, widths[0], seconds)
+    found = _solve_at(space, graph, table, limits, widths[0])
     if not found or not sparsity_everywhere(space):
-        found += [s for w in widths[1:] for s in _solve_at(space, graph, table, limits, w, seconds)]
+        found += [s for w in widths[1:] for s in _solve_at(space, graph, table, limits, w)]
     return min(found, key=lambda s: (s.loss, s.cost.latency_us)).plan if found else None
 
 
@@ -61,7 +56,7 @@ def cheapest(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str
     for width in student_widths(space):
         try:
             found.append(Decoder(space, graph, table, width=width).cheapest(table.quality, metric))
-        except NoPlanInTime:
+        except Unsolved:
             found.append(_cheapest_quickly(space, graph, table, metric, width))
     return min(found, key=lambda s: (s.cost.of(metric), s.loss)).plan
 
@@ -71,12 +66,12 @@ def student_widths(space: SearchSpace) -> list[float]:
 
 
 def _solve_at(
-    space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mapping[str, float], width: float, seconds: float
+    space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mapping[str, float], width: float
 ) -> list[Solution]:
     quick = QuickDecoder(space, graph, table, width=width).solve(table.quality, limits)
     try:
-        exact = Decoder(space, graph, table, width=width).solve(table.quality, limits, time_limit_s=seconds)
-    except NoPlanInTime:
+        exact = Decoder(space, graph, table, width=width).solve(table.quality, limits)
+    except Unsolved:
         if quick is None:
             raise
         exact = None

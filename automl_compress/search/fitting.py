@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
 from automl_compress.search.losses import sparsity_everywhere
-from automl_compress.search.program import Decoder, NoPlanInTime
+from automl_compress.search.program import Decoder, Unsolved
 from automl_compress.search.quick import QuickDecoder
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import QualityKey, Solution
@@ -114,7 +114,7 @@ class Fitting:
         for attempt in range(_LAST):
             try:
                 found = decoder.solve(self._table.quality, limits, exclude=excluded, gap=1e-3)
-            except NoPlanInTime:
+            except Unsolved:
                 return
             if found is None and limits is loose:
                 return

@@ -29,25 +29,25 @@ class Rows:
     """Collects columns and sparse rows `low <= row . x <= high`."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
         self._rows: list[tuple[Mapping[int, float], float, float]] = []
 
     def column(self) -> int:
-        self._count += 1
-        return self._count - 1
+        self.count += 1
+        return self.count - 1
 
     def add(self, row: Mapping[int, float], low: float, high: float) -> None:
         self._rows.append((row, low, high))
 
     def vector(self, values: Mapping[int, float]) -> Vector:
-        result = np.zeros(self._count)
+        result = np.zeros(self.count)
         result[list(values)] = list(values.values())
         return result
 
     def matrix(self) -> tuple[Any, Vector, Vector]:
         entries = [(i, column, value) for i, (row, _, _) in enumerate(self._rows) for column, value in row.items()]
         index, column, value = zip(*entries, strict=True)
-        matrix = csr_matrix((value, (index, column)), shape=(len(self._rows), self._count))
+        matrix = csr_matrix((value, (index, column)), shape=(len(self._rows), self.count))
         return matrix, np.array([low for _, low, _ in self._rows]), np.array([high for _, _, high in self._rows])
 
 

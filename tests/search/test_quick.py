@@ -9,11 +9,12 @@ import pytest
 
 from automl_compress.core.graph import ChannelGroup, Graph, Layer, Place
 from automl_compress.core.plan import Plan
+from automl_compress.search import program
 from automl_compress.search.arrays import TableArrays
 from automl_compress.search.decode import AdditiveTable, Decoder, QuickDecoder, additive_loss, solve
 from automl_compress.search.moves import Neighbours
 from automl_compress.search.pricing import random_plan
-from automl_compress.search.program import NoPlanInTime
+from automl_compress.search.program import Unsolved
 from automl_compress.search.space import SearchSpace
 from tests.search.networks import concatenated, depthwise, residual, space_of, table_for
 
@@ -179,19 +180,18 @@ def test_blocks_that_always_go_and_options_that_are_fixed() -> None:
     assert found.plan.bits == {"head": 8}
 
 
-def test_the_quick_plan_stands_in_where_the_exact_solver_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quick_plan_stands_in_where_a_program_is_too_large_to_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, space, table = case("residual", 0)
-
-    def too_slow(*_: object, **__: object) -> None:
-        raise NoPlanInTime("no plan was found within 0 s")
-
-    monkeypatch.setattr(Decoder, "solve", too_slow)
+    monkeypatch.setattr(program, "_COLUMNS", 10)
     limits = limits_of(graph, table, 0.5, "latency")
     plan = solve(space, graph, table, limits)
     assert plan is not None
     assert table.plan_cost(graph, plan).latency_us <= limits["latency"]
-    with pytest.raises(NoPlanInTime):
+    with pytest.raises(Unsolved, match="too many"):
         solve(space, graph, table, {"latency": 1e-3})
+    exact = Decoder(space, graph, table).solve(table.quality, limits, exhaustive=True)
+    assert exact is not None
+    assert exact.loss <= QuickDecoder(space, graph, table).solve(table.quality, limits).loss  # type: ignore[union-attr]
 
 
 def _both_ways(graph: Graph, plan: Plan) -> bool:
