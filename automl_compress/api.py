@@ -16,10 +16,8 @@ from automl_compress.errors import InfeasibleError, InputError, Interrupted, Pla
 from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
-from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search import outcome
-from automl_compress.search.baselines import QUICK
 from automl_compress.search.candidate import read_plan, rebuild, stored_quantization, student_width
 from automl_compress.search.cheapest import cheapest_model
 from automl_compress.search.contenders import make_student
@@ -31,38 +29,38 @@ from automl_compress.search.foresight import Foreseen, foresee
 from automl_compress.search.front import front_models
 from automl_compress.search.learning import learn
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
+from automl_compress.search.options import TRIALS, Options
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
-from automl_compress.search.settings import DEFAULT_TRIALS, DEFAULTS, default_folder, effective_config, make_settings
+from automl_compress.search.settings import default_folder, effective_config, make_settings
 from automl_compress.search.standard import standard_models
 from automl_compress.search.study import trial_counts
-from automl_compress.techniques.distillation.losses import DEFAULT
 
 
 def compress(
     task: Task | str,
     *,
-    latency: str | None = None,
-    size: str | None = None,
-    memory: str | None = None,
-    max_drop: str | None = None,
-    min_metric: str | float | None = None,
-    front: int | None = None,
-    minimise: str | None = None,
-    profile: str = "local",
-    device: str = "local",
-    space: str = "cnn",
-    trials: int | None = None,
-    epochs: float | None = None,
-    timeout: float | None = None,
-    seed: int = 0,
-    sampler: str = "budget",
-    distillation: str = DEFAULT,
-    recovery: str = DEFAULT_MODE,
-    students: str | None = None,
-    baselines: str = QUICK,
-    weights: str | Path | None = None,
-    storage: str | None = None,
-    max_failed: float = 0.5,
+    latency: str | None = Options.latency,
+    size: str | None = Options.size,
+    memory: str | None = Options.memory,
+    max_drop: str | None = Options.max_drop,
+    min_metric: str | float | None = Options.min_metric,
+    front: int | None = Options.front,
+    minimise: str | None = Options.minimise,
+    profile: str = Options.profile,
+    device: str = Options.device,
+    space: str = Options.space,
+    trials: int | None = Options.trials,
+    epochs: float | None = Options.epochs,
+    timeout: float | None = Options.timeout,
+    seed: int = Options.seed,
+    sampler: str = Options.sampler,
+    distillation: str = Options.distillation,
+    recovery: str = Options.recovery,
+    students: str | None = Options.students,
+    baselines: str = Options.baselines,
+    weights: str | Path | None = Options.weights,
+    storage: str | None = Options.storage,
+    max_failed: float = Options.max_failed,
     reuse: str | Path | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
@@ -95,7 +93,7 @@ def compress(
     Returns a Result with status 'met', 'estimated' (a profile whose device isn't here: nothing was measured on it) or
     'infeasible'. Raises CompressError, with one line that says what to do.
     """
-    settings = make_settings(task, **{name: value for name, value in locals().items() if name in DEFAULTS})
+    settings = make_settings(task, **{name: value for name, value in locals().items() if hasattr(Options, name)})
     progress = progress or SilentProgress()
     folder = Path(output) if output else default_folder(task_name(task), settings)
     known = read_run(Path(reuse)) if reuse else None
@@ -211,7 +209,7 @@ def work(
     with open_campaign(task, settings, folder, progress) as campaign:
         learn(campaign)
         before = trial_counts(campaign.study())
-        campaign.explore(int(options.get("trials") or DEFAULT_TRIALS), options.get("timeout"))
+        campaign.explore(int(options.get("trials") or TRIALS), options.get("timeout"))
         after = trial_counts(campaign.study())
     return {state: count - before.get(state, 0) for state, count in after.items() if count > before.get(state, 0)}
 
@@ -220,9 +218,9 @@ def profile(
     tasks: Task | str | Sequence[Task | str] = (),
     *,
     kernels: str | None = None,
-    profile: str = "local",
-    device: str = "local",
-    space: str = "cnn",
+    profile: str = Options.profile,
+    device: str = Options.device,
+    space: str = Options.space,
     threads: int | None = None,
     weights: str | Path | None = None,
     seed: int = 0,
@@ -262,9 +260,9 @@ def profile(
 def forecast(
     task: Task | str,
     *,
-    profile: str = "local",
-    device: str = "local",
-    space: str = "cnn",
+    profile: str = Options.profile,
+    device: str = Options.device,
+    space: str = Options.space,
     threads: int | None = None,
     weights: str | Path | None = None,
     seed: int = 0,

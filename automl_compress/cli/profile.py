@@ -12,6 +12,7 @@ import typer
 from automl_compress.cli.action import Action
 from automl_compress.cli.options import Debug, Device, Json, Quiet, Weights
 from automl_compress.cli.output import display, print_result, stdout_to_stderr
+from automl_compress.search.options import Options
 
 commands = typer.Typer()
 
@@ -25,9 +26,11 @@ def _profile(
     kernels: Annotated[
         str | None, typer.Option(metavar="SET", help="'standard': layers that most networks consist of.")
     ] = None,
-    profile: Annotated[str, typer.Option(metavar="NAME", help="Device profile: a name or a file.")] = "local",
-    device: Device = "local",
-    space: Annotated[str, typer.Option(metavar="NAME", help="Whose plans are measured: a name or a file.")] = "cnn",
+    profile: Annotated[str, typer.Option(metavar="NAME", help="Device profile: a name or a file.")] = Options.profile,
+    device: Device = Options.device,
+    space: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose plans are measured: a name or a file.")
+    ] = Options.space,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Of the runtime; another number is another profile.")
     ] = None,

@@ -13,6 +13,7 @@ from automl_compress.cli.action import Action
 from automl_compress.cli.options import Debug, Json, Output, Quiet, Task, Weights
 from automl_compress.cli.output import display, print_result, stdout_to_stderr
 from automl_compress.recovery.names import DEFAULT_MODE, NAMES, check_mode
+from automl_compress.search.options import EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 
 commands = typer.Typer()
@@ -24,7 +25,7 @@ def _recover(
     task: Task,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A run's plan.json.")],
     mode: Annotated[str, typer.Option(metavar="MODE", help=_MODES)] = DEFAULT_MODE,
-    epochs: Annotated[float, typer.Option(metavar="N", min=0, help="Epochs of all stages together.")] = 3.0,
+    epochs: Annotated[float, typer.Option(metavar="N", min=0, help="Epochs of all stages together.")] = EPOCHS,
     distillation: Annotated[str, typer.Option(metavar="LOSSES", help="What is learned, as for search.")] = DEFAULT,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is random.")] = 0,
     weights: Weights = None,

@@ -17,10 +17,11 @@ from automl_compress.core.goal import parse_aim
 from automl_compress.deploy.overview import read_overview, summarize_devices, to_json
 from automl_compress.deploy.summary import nearest_text, read_result, summarize
 from automl_compress.errors import InputError
-from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.recovery.names import NAMES as MODES
+from automl_compress.recovery.names import check_mode
 from automl_compress.recovery.students import parse_students
-from automl_compress.techniques.distillation.losses import DEFAULT, MIXED, NAMES, parse_losses
+from automl_compress.search.options import Options
+from automl_compress.techniques.distillation.losses import MIXED, NAMES, parse_losses
 
 EXIT_CODES = {"met": 0, "infeasible": 3, "estimated": 4, "interrupted": 130}
 
@@ -52,27 +53,27 @@ def _search(
         list[str] | None,
         typer.Option(metavar="NAME", help="Device profile, a name or file; several: a model for each."),
     ] = None,
-    device: Device = "local",
-    space: Annotated[str, typer.Option(metavar="NAME", help="Search space: a name or a file.")] = "cnn",
+    device: Device = Options.device,
+    space: Annotated[str, typer.Option(metavar="NAME", help="Search space: a name or a file.")] = Options.space,
     trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many trials.")] = None,
     epochs: Annotated[float | None, typer.Option(metavar="N", min=0, help="Epochs of the final distillation.")] = None,
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Stop searching after 90s, 30m or 2h.")] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is random.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is random.")] = Options.seed,
     sampler: Annotated[
         str, typer.Option(metavar="NAME", help="'budget', or the name of an Optuna sampler.")
-    ] = "budget",
+    ] = Options.sampler,
     baselines: Annotated[
         str, typer.Option(metavar="EFFORT", help="For what the search has to beat: quick, full or none.")
-    ] = "quick",
+    ] = Options.baselines,
     recovery: Annotated[
         str, typer.Option(metavar="MODE", help=f"How finalists are trained: {', '.join(MODES)}.")
-    ] = DEFAULT_MODE,
+    ] = Options.recovery,
     max_failed: Annotated[
         float, typer.Option(metavar="SHARE", min=0, max=1, help="Stop when a larger share of the trials failed.")
-    ] = 0.5,
+    ] = Options.max_failed,
     distillation: Annotated[
         str, typer.Option(metavar="LOSSES", help=f"What is learned, joined by +: {', '.join((*NAMES, MIXED))}.")
-    ] = DEFAULT,
+    ] = Options.distillation,
     students: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Who competes with the cut model: scratch, own, scratch+own.")
     ] = None,
@@ -83,7 +84,7 @@ def _search(
     debug: Debug = False,
 ) -> Action:
     worker = ctx.info_name == "worker"
-    profiles = profile or ["local"]
+    profiles = profile or [Options.profile]
 
     def run(api: Any) -> int:
         parse_losses(distillation)

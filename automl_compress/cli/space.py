@@ -13,6 +13,7 @@ from automl_compress.cli.action import Action
 from automl_compress.cli.options import Debug, Json, Quiet, Task, Weights
 from automl_compress.cli.output import display, print_result, stdout_to_stderr, table
 from automl_compress.core.budget import format_metric
+from automl_compress.search.options import Options
 
 _MANY = 6
 _WORDS = ("group", "sparsity", "block", "layer", "bits", "mask")
@@ -23,10 +24,10 @@ commands = typer.Typer()
 @commands.command("space", help="Show what a search space gives each channel group, block and layer, and why.")
 def _space(
     task: Task,
-    space: Annotated[str, typer.Option(metavar="NAME", help="Search space: a name or a file.")] = "cnn",
+    space: Annotated[str, typer.Option(metavar="NAME", help="Search space: a name or a file.")] = Options.space,
     profile: Annotated[
         str, typer.Option(metavar="NAME", help="Device profile: a name or a file; 'none' drops nothing.")
-    ] = "local",
+    ] = Options.profile,
     budgets: Annotated[
         str, typer.Option(metavar="LIST", help="What a search would limit: latency, size, memory.")
     ] = "latency",

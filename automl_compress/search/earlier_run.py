@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
+from automl_compress.core.budget import METRICS
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import InputError, PlanError, RunFolderError
@@ -29,6 +30,7 @@ from automl_compress.search.campaign import MEASURED, SENSITIVITY, SPACE, Campai
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.identity import digest_of
 from automl_compress.search.lines import read_lines
+from automl_compress.search.options import Options
 from automl_compress.search.space import plan_of
 from automl_compress.search.storage import JOURNAL, open_storage
 from automl_compress.search.study import ADOPTED
@@ -187,19 +189,8 @@ def read_run(folder: Path) -> EarlierRun:
     return EarlierRun(folder=folder, options={**options, "device": address}, identity=identity, space=space)
 
 
-_INHERITED = (
-    "profile",
-    "device",
-    "space",
-    "epochs",
-    "seed",
-    "sampler",
-    "max_failed",
-    "distillation",
-    "recovery",
-    "students",
-    "weights",
-)
+# What another question asks anew: budgets and directions, and how long it may take; a shared study is the run's own.
+_ASKED = {*METRICS, "max_drop", "min_metric", "front", "minimise", "trials", "timeout", "storage"}
 _FEWER_TRIALS = 4
 
 
@@ -211,7 +202,8 @@ def rebudgeted(
     Raises InputError where the run's task was an object and none is given.
     """
     given = {name: value for name, value in asked.items() if value is not None}
-    options = {name: known.options[name] for name in _INHERITED if known.options.get(name) is not None}
+    inherited = [option.name for option in fields(Options) if option.name not in _ASKED]
+    options = {name: known.options[name] for name in inherited if known.options.get(name) is not None}
     options["trials"] = max(1, int(known.options.get("trials") or _FEWER_TRIALS) // _FEWER_TRIALS)
     if task is None and known.options.get("task_from") != "name":
         raise InputError(f"{known.folder}: its task was handed over in Python; name it: rebudget RUN TASK")

@@ -67,12 +67,12 @@ def open_campaign(
     opened  called with the run folder before anything is trained or measured for it
     """
     options = settings.options
-    if options.get("sampler", "budget") not in SAMPLERS:
+    if options["sampler"] not in SAMPLERS:
         raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
     if isinstance(task, str):
         require_task_file(task)
-    rules = load_space(options.get("space") or "cnn")
-    with open_device(options.get("profile") or "local", options.get("device") or "local", progress) as device:
+    rules = load_space(options["space"])
+    with open_device(options["profile"], options["device"], progress) as device:
         yield from _campaign_on(device, rules, task, settings, folder, progress, opened)
 
 
@@ -87,8 +87,8 @@ def _campaign_on(
 ) -> Iterator[Campaign]:
     options, device_profile = settings.options, device.profile
     progress.stage("loading the task")
-    loaded = load(task, options.get("weights"))
-    if OWN in parse_students(options.get("students")):
+    loaded = load(task, options["weights"])
+    if OWN in parse_students(options["students"]):
         require_own(loaded.student)
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
@@ -101,30 +101,30 @@ def _campaign_on(
         "space": space.fingerprint,
         "profile": device_profile.path.stem,
         "budget": settings.asked,
-        "seed": str(options.get("seed") or 0),
+        "seed": str(options["seed"]),
     }
     with RunFolder(folder, identity) as run_folder:
         opened(run_folder)
-        loaded, space = _transferred(run_folder, loaded, space, progress, seed=int(options.get("seed") or 0))
+        loaded, space = _transferred(run_folder, loaded, space, progress, seed=int(options["seed"]))
         yield Campaign(
             bench=Workbench(
                 loaded,
                 graph,
                 importance=space.importance,
-                seed=int(options.get("seed") or 0),
+                seed=int(options["seed"]),
                 executions=device_profile.executions,
             ),
             space=space,
             device=device,
             limits=settings.searched,
             clock=settings.clock,
-            max_failed=float(options.get("max_failed", 0.5)),
+            max_failed=float(options["max_failed"]),
             folder=run_folder,
             progress=progress,
             identity=identity,
-            seed=int(options.get("seed") or 0),
-            sampler=options.get("sampler") or "budget",
-            storage=options.get("storage"),
+            seed=int(options["seed"]),
+            sampler=options["sampler"],
+            storage=options["storage"],
         )
 
 

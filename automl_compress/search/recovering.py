@@ -18,7 +18,7 @@ from automl_compress.search.evaluate import Workbench
 from automl_compress.search.identity import digest_of
 from automl_compress.search.ladder import FULL, Recovery
 from automl_compress.search.opening import load, task_name
-from automl_compress.search.settings import DEFAULT_EPOCHS
+from automl_compress.search.options import EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.training.log import OnStep, StepReport
 from automl_compress.techniques.training.settings import Training
@@ -29,7 +29,7 @@ def recover(
     plan: Plan | str | Path,
     *,
     mode: str = DEFAULT_MODE,
-    epochs: float = DEFAULT_EPOCHS,
+    epochs: float = EPOCHS,
     training: Training | None = None,
     distillation: str = DEFAULT,
     seed: int = 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,15 @@ from automl_compress import __version__
 from automl_compress.core.budget import METRICS, Limit, parse_budget, share_of
 from automl_compress.core.goal import Front, Goal, parse_aim
 from automl_compress.errors import InputError
-from automl_compress.recovery.names import DEFAULT_MODE, check_mode
+from automl_compress.recovery.names import check_mode
 from automl_compress.recovery.students import parse_students
-from automl_compress.search.baselines import QUICK, check_effort
+from automl_compress.search.baselines import check_effort
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.options import EPOCHS, TRIALS, Options
 from automl_compress.search.timing import Clock
-from automl_compress.techniques.distillation.losses import DEFAULT, Losses, parse_losses
+from automl_compress.techniques.distillation.losses import Losses, parse_losses
 from automl_compress.techniques.training.settings import Training
 
-DEFAULT_TRIALS = 100
-DEFAULT_EPOCHS = 3.0
-DEFAULTS: Mapping[str, Any] = {
-    **dict.fromkeys(("latency", "size", "memory", "max_drop", "min_metric", "front", "minimise")),
-    "profile": "local",
-    "device": "local",
-    "space": "cnn",
-    "seed": 0,
-    "sampler": "budget",
-    "storage": None,
-    "trials": DEFAULT_TRIALS,
-    "epochs": DEFAULT_EPOCHS,
-    "timeout": None,
-    "max_failed": 0.5,
-    "distillation": DEFAULT,
-    "recovery": DEFAULT_MODE,
-    "students": None,
-    "baselines": QUICK,
-    "weights": None,
-}
-"""The options of `api.compress` that decide what a run does."""
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
 
@@ -107,11 +87,11 @@ class Settings:
 
 
 def make_settings(task: Any, **asked: Any) -> Settings:
-    """The settings behind options of `api.compress`, those of DEFAULTS, filled in. Raises InputError for nonsense."""
-    unknown = sorted(set(asked) - set(DEFAULTS))
+    """The settings behind `Options`, filled in. Raises InputError for nonsense."""
+    unknown = sorted(set(asked) - {field.name for field in fields(Options)})
     if unknown:
         raise InputError(f"unknown option {unknown[0]!r}: see the arguments of `compress`")
-    given = {**DEFAULTS, **asked}
+    given = asdict(Options(**asked))
     aim = parse_aim(given["max_drop"], given["min_metric"], given["front"], given["minimise"])
     limits = parse_budget(given["latency"], given["size"], given["memory"], required=aim is None)
     parse_losses(given["distillation"])
@@ -124,8 +104,8 @@ def make_settings(task: Any, **asked: Any) -> Settings:
         "task": task if isinstance(task, str) else type(task.model).__name__,
         **{name: limit.text for name, limit in limits.items()},
         **{name: value for name, value in given.items() if name not in METRICS},
-        "trials": given["trials"] or DEFAULT_TRIALS,
-        "epochs": DEFAULT_EPOCHS if given["epochs"] is None else given["epochs"],
+        "trials": given["trials"] or TRIALS,
+        "epochs": EPOCHS if given["epochs"] is None else given["epochs"],
         "weights": str(given["weights"]) if given["weights"] else None,
     }
     timeout = given["timeout"]
