@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from automl_compress.model.task import Task
+from automl_compress.core.graph import Graph
+from automl_compress.model.task import Task, prepare
+from automl_compress.model.trace import trace
 
 CLASSES = 4
 
@@ -68,6 +70,17 @@ def teacher(seed: int = 0) -> nn.Module:
 
 def task(seed: int = 0) -> Task:
     return Task(model=teacher(seed), train=split(512, 1), validation=split(400, 2), test=split(200, 3))
+
+
+@cache
+def ready() -> Task:
+    """The task as a run takes it; shared by tests that only read."""
+    return prepare(task())
+
+
+@cache
+def graph() -> Graph:
+    return trace(ready().model, ready().example_inputs)
 
 
 def other() -> Task:

@@ -134,16 +134,17 @@ def find_rivals(campaign: Campaign, effort: str, stop: Callable[[], bool] = lamb
     """All baselines but the original, evaluated one-shot beside the search; none is recovered."""
     search = tuple(float(trial.values[0]) for trial in searched(campaign))
     store = _Evaluations(campaign, campaign.folder.file(_FILE))
-    found = []
-    for name, plan in campaign.seeds().items():
-        if name.startswith(UNIFORM) or name == MILP:
-            fits = campaign.fits(plan)
-            metric = store.known(plan) if effort == "none" or not fits else store(plan)
-            found.append(Rival(name=name, plan=plan, metric=metric, fits=fits))
     count = _evaluations(effort, len(search))
+    seeds = {n: plan for n, plan in campaign.seeds().items() if n.startswith(UNIFORM) or n == MILP}
+    if effort != "none":
+        campaign.progress.stage("evaluating the baselines", len(seeds) + 2 * count)
+    found = []
+    for name, plan in seeds.items():
+        fits = campaign.fits(plan)
+        metric = store.known(plan) if effort == "none" or not fits else store(plan)
+        found.append(Rival(name=name, plan=plan, metric=metric, fits=fits))
     if count == 0:
         return Baselines(rivals=tuple(found), search=search)
-    campaign.progress.stage("evaluating the baselines", 2 * count)
     market = Market(
         space=campaign.space,
         graph=campaign.bench.graph,

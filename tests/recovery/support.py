@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
 
-from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
-from automl_compress.model.task import Task, prepare
-from automl_compress.model.trace import trace
 from automl_compress.recovery.job import Job
 from automl_compress.techniques.distillation.losses import parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
@@ -18,18 +14,9 @@ from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.sparsify import apply_masks
 from automl_compress.techniques.training.settings import Resources, Training
 from tests import tiny
+from tests.tiny import graph, ready
 
 KEPT = {"block.conv1": (0, 2, 3, 5, 7, 8, 9, 15), "down": tuple(range(0, 32, 3))}
-
-
-@cache
-def ready() -> Task:
-    return prepare(tiny.task())
-
-
-@cache
-def graph() -> Graph:
-    return trace(ready().model, ready().example_inputs)
 
 
 def make(plan: Plan, whole: nn.Module) -> nn.Module:

@@ -13,7 +13,8 @@ from automl_compress.recovery.approach import cubic, eased, plan_at, removal_ord
 from automl_compress.recovery.nested import write_back
 from automl_compress.techniques.sparsify import mask_of
 from tests import tiny
-from tests.recovery.support import KEPT, graph, make
+from tests.recovery.support import KEPT, make
+from tests.tiny import graph
 
 PLAN = Plan(kept=KEPT, masks={"head": "0.5"}, drop=frozenset())
 SHARES = st.floats(0, 1)

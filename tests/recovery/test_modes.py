@@ -25,7 +25,8 @@ from automl_compress.techniques.objective import Loss
 from automl_compress.techniques.training.log import StepReport
 from automl_compress.techniques.training.settings import Resources, Training
 from tests import tiny
-from tests.recovery.support import KEPT, graph, job, make, ready
+from tests.recovery.support import KEPT, job, make
+from tests.tiny import graph, ready
 
 PLAN = Plan(kept=KEPT, masks={"head": "0.5"}, bits={"down": 4})
 EXACT = Resources(device="cpu", precision="float32", checkpoint_seconds=0.0)

@@ -8,21 +8,18 @@ from functools import cache
 from pathlib import Path
 
 from automl_compress.core.budget import parse_budget
-from automl_compress.core.graph import Graph
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.profile import load_profile
-from automl_compress.model.task import Task, prepare
-from automl_compress.model.trace import trace
 from automl_compress.progress import SilentProgress
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.rules import SpaceFile
 from automl_compress.search.space import SearchSpace, resolve
-from tests import tiny
 from tests.hardware.simulated import FACTS
 from tests.search.device import TimelessRuntime
 from tests.search.networks import NATIVE
+from tests.tiny import graph, ready
 
 RULES = {
     "name": "small",
@@ -33,16 +30,6 @@ RULES = {
         {"match": {"kind": "layer"}, "bits": [8, 32]},
     ],
 }
-
-
-@cache
-def ready() -> Task:
-    return prepare(tiny.task())
-
-
-@cache
-def graph() -> Graph:
-    return trace(ready().model, ready().example_inputs)
 
 
 @cache

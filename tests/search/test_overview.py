@@ -18,8 +18,9 @@ from automl_compress.search.forecast import Forecast
 from automl_compress.search.overview import Overview, describe_space, priced
 from automl_compress.search.rules import SpaceFile
 from tests.hardware.simulated import FACTS
-from tests.search.campaigns import RULES, bench, ready, space
+from tests.search.campaigns import RULES, bench, space
 from tests.search.device import TimelessRuntime
+from tests.tiny import ready
 
 
 @pytest.fixture
