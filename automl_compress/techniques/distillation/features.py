@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from automl_compress.techniques.distillation.outputs import norm, squared_error
+from automl_compress.techniques.distillation.outputs import squared_error
 from automl_compress.techniques.distillation.pairing import Pair
 
 Watch = Callable[[str, Tensor], None]
+_WIDEST_PRODUCT = 512
 
 
 @runtime_checkable
@@ -60,10 +61,13 @@ def same_channels(pair: Pair, teacher: Tensor) -> Tensor:
     index = torch.tensor(pair.channels, device=teacher.device)
     if pair.channel_dim == -1:
         return teacher[..., index]
-    chosen = teacher[:, index]
-    if teacher.ndim == 4 and teacher.is_contiguous(memory_format=torch.channels_last):
-        return chosen.contiguous(memory_format=torch.channels_last)
-    return chosen
+    if teacher.ndim != 4 or not teacher.is_contiguous(memory_format=torch.channels_last):
+        return teacher[:, index]
+    if teacher.dtype != torch.bfloat16 or teacher.shape[1] > _WIDEST_PRODUCT:
+        return teacher[:, index].contiguous(memory_format=torch.channels_last)
+    # Picking numbers of two bytes one by one takes longer than a product with ones and zeros, which is exact, too.
+    ones = functional.one_hot(index, teacher.shape[1]).to(teacher.dtype)
+    return (teacher.movedim(1, -1) @ ones.T).movedim(-1, 1)
 
 
 def hint(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -102,7 +106,9 @@ class _MeanPower(torch.autograd.Function):
     def forward(ctx: Any, feature: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(feature)
         ctx.dim = dim
-        return norm(feature.movedim(dim, -1), -1).square() / feature.shape[dim]
+        precision = torch.promote_types(feature.dtype, torch.float32)
+        length: Tensor = torch.linalg.vector_norm(feature, dim=dim, dtype=precision)
+        return length.square() / feature.shape[dim]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

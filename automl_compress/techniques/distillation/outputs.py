@@ -119,16 +119,35 @@ def class_rows(
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over the teacher's variance, so that it has no unit; scalar."""
-    reference = teacher.float()
-    scale = reference.var() if teacher.numel() > 1 else reference.square().mean()
+    scale = variance(teacher) if teacher.numel() > 1 else teacher.float().square().mean()
     error: Tensor = _MeanSquare.apply(student, teacher)  # type: ignore[no-untyped-call]
     return error / scale.clamp_min(1e-6)
 
 
-def norm(value: Tensor, dim: int | None = None) -> Tensor:
-    """The Euclidean norm, added up in float32 at least."""
-    length: Tensor = torch.linalg.vector_norm(value, dim=dim, dtype=torch.promote_types(value.dtype, torch.float32))
-    return length
+def variance(value: Tensor) -> Tensor:
+    """Of all numbers of a tensor, in float32 at least."""
+    mean = _wide(_rows(value).sum(1)).sum() / value.numel()
+    return sum_of_squares(value - mean) / (value.numel() - 1)
+
+
+def sum_of_squares(value: Tensor) -> Tensor:
+    """In float32 at least.
+
+    Of bfloat16, kernels that hand out float32 make a copy of everything first, which takes ten times as long as adding
+    up. So each sample's norm is taken as they hand it out, rounded to bfloat16, which evens out over samples.
+    """
+    return _wide(torch.linalg.vector_norm(_rows(value), dim=1)).square().sum()
+
+
+def _rows(value: Tensor) -> Tensor:
+    """A row for each sample, its numbers in the order in which they lie in memory."""
+    if value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        value = value.movedim(1, -1)
+    return value.reshape(len(value) if value.ndim else 1, -1)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -138,7 +157,7 @@ class _MeanSquare(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         difference = student - teacher
         ctx.save_for_backward(difference)
-        return norm(difference).square() / max(1, difference.numel())
+        return sum_of_squares(difference) / max(1, difference.numel())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -12,9 +12,16 @@ from automl_compress.model.task import Task, prepare
 from automl_compress.model.trace import trace
 from automl_compress.search.student import Students
 from automl_compress.techniques.distillation.balance import STEPS
-from automl_compress.techniques.distillation.features import adapted, attention_transfer, hint, layer_inputs
+from automl_compress.techniques.distillation.features import (
+    adapted,
+    attention_transfer,
+    hint,
+    layer_inputs,
+    same_channels,
+)
 from automl_compress.techniques.distillation.losses import parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
+from automl_compress.techniques.distillation.outputs import sum_of_squares, variance
 from automl_compress.techniques.distillation.pairing import Pair, pair_layers
 from automl_compress.techniques.prune import apply_plan
 from tests import tiny
@@ -65,6 +72,28 @@ def test_gradients_are_those_of_the_formula(losses: str, channel_dim: int) -> No
         assert low.dtype == torch.float32
         assert torch.autograd.grad(low, halved)[0].dtype == torch.bfloat16
         assert float(low.detach()) == pytest.approx(float(wanted.detach()), rel=0.02)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_sums_are_those_of_float64_in_any_layout(precision: torch.dtype, layout: torch.memory_format) -> None:
+    for value in (torch.randn(64, 6, 5, 5, generator=GENERATOR), torch.randn(64, 6, 5, 5, generator=GENERATOR) + 30):
+        value = value.to(precision).to(memory_format=layout)
+        rel = 1e-5 if precision == torch.float32 else 3e-3
+        assert float(variance(value)) == pytest.approx(float(value.double().var()), rel=rel)
+        assert float(sum_of_squares(value)) == pytest.approx(float(value.double().square().sum()), rel=rel)
+        assert sum_of_squares(value).dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_the_same_channels_are_picked_bit_by_bit_in_any_layout(
+    precision: torch.dtype, layout: torch.memory_format
+) -> None:
+    feature = torch.randn(4, 6, 5, 5, generator=GENERATOR).to(precision).to(memory_format=layout)
+    chosen = same_channels(Pair(student="x", teacher="x", channel_dim=1, channels=(1, 4, 5)), feature)
+    assert torch.equal(chosen, feature[:, [1, 4, 5]])
+    assert chosen.is_contiguous(memory_format=layout)
 
 
 def test_attention_over_tokens_leaves_out_padding() -> None:
