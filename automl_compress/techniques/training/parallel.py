@@ -1,6 +1,7 @@
 """Training in several processes, a GPU each: every process reads the same batches and computes its part of them.
 
-Gradients, losses and the statistics of batch-norms are averaged after every step, so that all processes stay equal. The
+Gradients, losses, the statistics of batch-norms and what the objective remembers are averaged after every step, and all
+compute in pieces of one size, so that the processes stay equal. The
 processes are started and connected by Hugging Face's accelerate (`accelerate launch`), an optional extra.
 """
 
@@ -49,8 +50,16 @@ class Processes:
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes."""
-        if self.count == 1 or not tensors:
+        if self.count == 1:
             return
-        flat = self._accelerator.reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), reduction="mean")
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view(tensor.shape))
+        for precision in dict.fromkeys(tensor.dtype for tensor in tensors):
+            alike = [tensor for tensor in tensors if tensor.dtype == precision]
+            flat = self._accelerator.reduce(torch.cat([tensor.reshape(-1) for tensor in alike]), reduction="mean")
+            for tensor, mean in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.copy_(mean.view(tensor.shape))
+
+    def least(self, value: int) -> int:
+        """The smallest of the processes' values."""
+        if self.count == 1:
+            return value
+        return int(self._accelerator.gather(torch.tensor([value], device=self._accelerator.device)).min())

@@ -33,12 +33,17 @@ class Gradients:
     ) -> None:
         self._student, self._objective, self._placement = student, objective, placement
         self._processes, self._parameters, self._held, self._clip = processes, parameters, held, clip
-        self._statistics = [b for b in student.buffers() if b.is_floating_point()]
+        remembered = [student, *filter(None, [objective.modules()])]
+        self._statistics = [b for module in remembered for b in module.buffers() if b.is_floating_point()]
         self.micro: int | None = None
 
     def fit(self, batch: Batch, states: int, memory_bytes: int) -> None:
         """Find how many samples of a batch fit at a time. Leaves gradients and running statistics behind."""
-        self.micro = fitting(batch, self._backward, self._parameters, states, memory_bytes)
+        count = len(batch[1])
+        found = fitting(batch, self._backward, self._parameters, states, memory_bytes) or count
+        # Pieces are averaged one by one: as many in every process.
+        least = self._processes.least(found)
+        self.micro = None if least == count else least
 
     def compute(self, batch: Batch) -> tuple[float, dict[str, float], float]:
         """Loss, its parts, and the norm of the gradients, which are left in the parameters, clipped.

@@ -51,11 +51,18 @@ def test_tensors_of_any_shape_are_averaged_at_once() -> None:
         calls.append(len(flat))
         return flat / 2
 
-    values = [torch.full((2, 3), 4.0), torch.tensor(6.0)]
+    values = [torch.full((2, 3), 4.0), torch.tensor(6.0), torch.tensor([8.0], dtype=torch.float64)]
     processes(0, 2, reduce).average(values)
-    assert calls == [7]
+    assert calls == [7, 1]
+    assert values[2].dtype == torch.float64
     assert torch.equal(values[0], torch.full((2, 3), 2.0))
     assert float(values[1]) == 3.0
+
+
+def test_all_compute_in_the_smallest_pieces_that_any_of_them_needs() -> None:
+    fields = {"num_processes": 2, "process_index": 0, "device": "cpu"}
+    others = Processes(SimpleNamespace(**fields, gather=lambda value: torch.cat([value, torch.tensor([16])])))
+    assert (others.least(32), others.least(8), Processes().least(32)) == (16, 8, 32)
 
 
 TRAIN = """
@@ -63,14 +70,22 @@ import sys
 from dataclasses import replace
 import torch
 from accelerate import Accelerator
+from torch import nn
+from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import prepare
+from automl_compress.techniques.distillation.losses import parse_losses
+from automl_compress.techniques.distillation.objective import Distillation
 from tests import tiny
 from tests.techniques.training.support import PLAIN, fit
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(3)
-student = tiny.Net(8)
-log = fit(student, prepare(tiny.task()), epochs=1, average=0.9, resources=replace(PLAIN, accelerator=accelerator))
-values = torch.cat([value.float().reshape(-1) for value in student.state_dict().values()])
+task, student = prepare(tiny.task()), tiny.Net(16)
+balanced = Distillation(task, task.model, parse_losses("soft+dist"))
+log = fit(
+    student, task, objective=balanced, epochs=1, average=0.9, resources=replace(PLAIN, accelerator=accelerator)
+)
+state = [*student.state_dict().values(), *balanced.modules().buffers()]
+values = torch.cat([value.double().reshape(-1) for value in state])
 torch.save(values, f"{sys.argv[1]}/{accelerator.process_index}.pt")
 assert log.images == 512
 accelerator.end_training()
