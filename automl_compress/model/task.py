@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from automl_compress.errors import CompressError, TaskError
+from automl_compress.model.outputs import called, check_labels, checked_forward, require_loss
 from automl_compress.model.transfer import Transfer, with_new_head
 
 Inputs = tuple[Tensor, ...]
@@ -29,6 +31,7 @@ Batch = tuple[Inputs, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
 Metric = Callable[[Any, Tensor], float]
 BATCH_SIZE = 128
+FEW = 100  # validation samples, below which a reader should know how few they are
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -46,7 +49,8 @@ class Task:
     validation      the same; every decision is taken on it
     test            the same; read once, for the delivered model alone
     loss            loss(outputs, targets) -> scalar tensor; cross-entropy by default
-    metric          metric(outputs, targets) -> float over a whole split, higher is better; accuracy by default
+    metric          metric(outputs, targets) -> float over a whole split, higher is better; accuracy by default. Outputs
+                    come in the container in which the model returns them, for both
     example_inputs  one batch of inputs to trace with; the first validation batch by default
     train_loop      a training loop to use instead of the program's own, called with a
                     `techniques.training.own_loop.Work`; it trains `work.model` in place
@@ -76,10 +80,14 @@ class Task:
         return "accuracy" if self.metric is None else getattr(self.metric, "__name__", "metric")
 
     def loss_of(self, outputs: Any, targets: Tensor) -> Tensor:
-        return self.loss(outputs, targets) if self.loss else functional.cross_entropy(outputs, targets)
+        if self.loss is None:
+            return functional.cross_entropy(outputs, targets)
+        with called("loss", self.loss, targets):
+            return self.loss(outputs, targets)
 
     def metric_of(self, outputs: Any, targets: Tensor) -> float:
-        value = float(self.metric(outputs, targets) if self.metric else accuracy(outputs, targets))
+        with called("metric", self.metric or accuracy, targets):
+            value = float((self.metric or accuracy)(outputs, targets))
         if value != value:
             raise TaskError(f"the task's metric {self.metric_name} is NaN: check the model's outputs and the metric")
         return value
@@ -149,7 +157,33 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
     inputs = task.example_inputs if task.example_inputs is not None else _first(task, "validation")[0]
     task = replace(task, example_inputs=_as_inputs(inputs, "example_inputs"))
     _check_forward(task)
+    _check_loss(task)
+    scarcity(task)
     return task
+
+
+def scarcity(task: Task) -> str:
+    """What is to be known about validation data of few samples; empty where there are enough of them.
+
+    Raises TaskError for a single one to classify: no two models could be told apart.
+    """
+    samples, wanted = 0, FEW if task.classifies else 2
+    for _, targets in task.batches("validation"):
+        samples += len(targets)
+        if samples >= wanted:
+            return ""
+    if not task.classifies:
+        return (
+            "validation data is a single sample, on which every decision is taken: more would tell models apart better"
+        )
+    if samples == 1:
+        raise TaskError(
+            "task: validation data is a single sample, which can't tell models apart; give some hundreds at least"
+        )
+    return (
+        f"validation data has only {samples} samples, of which each makes {1 / samples:.3f} of the accuracy: smaller "
+        "differences between models can't be seen, and those of a few samples are chance"
+    )
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -294,33 +328,16 @@ def _check_forward(task: Task) -> None:
         check_labels(_first(task, split)[1], int(outputs.shape[1]), split)
 
 
-def checked_forward(model: nn.Module, inputs: Inputs, what: str) -> Any:
-    """The model's outputs in eval mode. Raises TaskError, which says what the inputs are, where it fails on them."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(*inputs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in inputs)
-        raise TaskError(
-            f"task: the model's forward fails on {what} {shapes}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-    finally:
-        model.train(training)
+def _check_loss(task: Task) -> None:
+    """Raise TaskError where the task's own loss of the first training batch is nothing that training could lower."""
+    if task.loss is None:
+        return
+    inputs, targets = _first(task, "train")
+    outputs = checked_forward(task.model, inputs, "the first train input")
+    loss = require_loss(task.loss_of(tree_map_only(Tensor, _differentiable, outputs), targets))
+    if not loss.requires_grad:
+        raise TaskError("the task's loss has no gradient: compute it from the outputs, without detach() or item()")
 
 
-def check_labels(targets: Tensor, classes: int, split: str) -> None:
-    """Raise TaskError unless targets are integers from 0 to classes - 1."""
-    if targets.dtype.is_floating_point or targets.ndim != 1:
-        raise TaskError(
-            f"task: {split} targets must be class numbers [batch] (integers), found {targets.dtype} "
-            f"{tuple(targets.shape)}; give a loss and a metric for anything else"
-        )
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= classes:
-        raise TaskError(
-            f"task: {split} labels must be 0 to {classes - 1} (the model has {classes} outputs), "
-            f"found {low if low < 0 else high}"
-        )
+def _differentiable(output: Tensor) -> Tensor:
+    return output.detach().requires_grad_() if output.is_floating_point() else output

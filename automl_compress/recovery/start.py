@@ -3,6 +3,7 @@
 A refit by least squares wins back most of what a cut costs before anything is trained, and a short training builds on
 that. It fits a few hundred samples, though, and a training that is long enough to win the same back from the original's
 own weights ends higher: ResNet-20 with half of the multiply-adds by 0.2 % after 588 steps (`benchmarks/RESULTS.md`).
+The repaired model is made for both: it is what a training has to beat, and what is delivered where it doesn't.
 """
 
 from __future__ import annotations

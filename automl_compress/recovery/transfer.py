@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import PlanError
+from automl_compress.model.outputs import joined
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task, load_weights
 from automl_compress.model.transfer import head_name
@@ -123,18 +124,6 @@ def validation_metric(task: Task) -> Callable[[nn.Module], float]:
             for inputs, wanted in task.batches("validation"):
                 outputs.append(model(*(part.to(device) for part in inputs)))
                 targets.append(wanted)
-        return task.metric_of(_joined(outputs), torch.cat(targets))
+        return task.metric_of(joined(outputs), torch.cat(targets))
 
     return metric
-
-
-def _joined(outputs: list[Any]) -> Any:
-    """Outputs of batches as those of one, in the container that the model uses for them; a tuple for a list."""
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        return torch.cat([part.cpu() for part in outputs])
-    if isinstance(first, dict):
-        return type(first)({key: _joined([part[key] for part in outputs]) for key in first})
-    if isinstance(first, (tuple, list)):
-        return tuple(_joined(list(column)) for column in zip(*outputs, strict=True))
-    return first

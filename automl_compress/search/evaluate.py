@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,8 +22,9 @@ from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.export import Template
 from automl_compress.deploy.runtime import OnnxModel
 from automl_compress.errors import TaskError
+from automl_compress.model.outputs import arranged, check_labels, checked_forward
 from automl_compress.model.surgery import copy_model
-from automl_compress.model.task import Inputs, Task, check_labels, checked_forward
+from automl_compress.model.task import Inputs, Task
 from automl_compress.search.student import REPAIR_SAMPLES, Outputs, Students, distance
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
 from automl_compress.techniques.quantization.calibrate import activation_tensors
@@ -109,6 +111,11 @@ class Workbench:
         return self._outputs(self.original, self._calibration)
 
     @cached_property
+    def _answer(self) -> Any:
+        """What the original returns, for the container that it is in."""
+        return checked_forward(self.teacher, self.task.example_inputs, "the example input")
+
+    @cached_property
     def _calibration(self) -> list[Inputs]:
         return head(self.samples, CALIBRATION_SAMPLES)
 
@@ -193,7 +200,7 @@ class Workbench:
         parts = tuple(torch.from_numpy(np.concatenate(column)) for column in zip(*outputs, strict=True))
         if self.task.classifies:
             check_labels(targets, parts[0].shape[1], data if isinstance(data, str) else "validation")
-        return self.task.metric_of(parts[0] if len(parts) == 1 else parts, targets)
+        return self.task.metric_of(arranged(parts, self._answer), targets)
 
     def distance_of(self, plan: Plan) -> float:
         """How far the outputs are from the original's with a plan in force, on training samples: see `distance`.

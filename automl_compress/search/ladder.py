@@ -88,6 +88,7 @@ class Recovery:
         exported = bench.export(model, full, found)
         metric = bench.metric(exported, "validation")
         logs: list[TrainingLog] = []
+        worse = ""
         if schedule.epochs > 0:
             recovered = mode_of(self._mode_at(rung))(self._job(name, rung, full, model, schedule, on_step))
             model, full = recovered.model, recovered.plan
@@ -106,12 +107,13 @@ class Recovery:
             if reached >= metric or self._contender:
                 exported, metric, found = trained, reached, better
             else:  # a schedule that is too short or too hot can undo what the one-shot repair had reached
+                worse = f"training ended at {reached:.4f} on validation: the repaired model, at {metric:.4f}, was kept"
                 model, full = bench.student(plan)
         state = {key: value.contiguous() for key, value in model.state_dict().items()} | to_tensors(found)
         weights = self._folder.write_bytes(f"{name}.safetensors", save(_apart(state)))
         path = self._folder.write_bytes(f"{name}.onnx", exported.SerializeToString())
         training = tuple(log.to_json() for log in logs)
-        notes = (*found.notes, *(f"{log.label}: {note}" for log in logs for note in log.notes))
+        notes = (*found.notes, *(f"{log.label}: {note}" for log in logs for note in log.notes), *filter(None, [worse]))
         seconds = sum(log.seconds for log in logs)
         record = {
             "plan": full.to_json(self._bench.graph),

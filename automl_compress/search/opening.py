@@ -13,7 +13,7 @@ from automl_compress.hardware.device import Device
 from automl_compress.hardware.estimated import device_for
 from automl_compress.hardware.profile import load_profile
 from automl_compress.hardware.remote import link_to
-from automl_compress.model.task import Task, load_task, prepare, require_task_file
+from automl_compress.model.task import Task, load_task, prepare, require_task_file, scarcity
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
 from automl_compress.recovery.students import OWN, parse_students, require_own
@@ -95,6 +95,10 @@ def _campaign_on(
     offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.searched)
     space = resolve(rules, graph, offered, held_back)
     space.require_effect()
+    scarce = scarcity(loaded)
+    if scarce:
+        progress.note(f"warning: {scarce}")
+        space = replace(space, notes=(*space.notes, scarce))
     identity = {
         "task": digest_of(loaded),
         "graph": graph.fingerprint,

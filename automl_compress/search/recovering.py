@@ -8,7 +8,7 @@ from pathlib import Path
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import InputError
-from automl_compress.model.task import Task, require_task_file
+from automl_compress.model.task import Task, require_task_file, scarcity
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
@@ -58,6 +58,9 @@ def recover(
     loaded = load(task, weights)
     folder = Path(output) if output else Path("runs") / f"{task_name(task)}-recovered-{mode}"
     loaded = read_transferred(folder if isinstance(plan, Plan) else Path(plan).parent, loaded)
+    scarce = scarcity(loaded)
+    if scarce:
+        progress.note(f"warning: {scarce}")
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
     bench = Workbench(loaded, graph, seed=seed)
@@ -81,7 +84,8 @@ def recover(
         onnx = run.write_bytes("recovered.onnx", candidate.onnx.read_bytes())
         stored = run.write_bytes("recovered.safetensors", candidate.weights.read_bytes())
         run.write_json("plan.json", plan_file(candidate, bench))
-    return replace(candidate, onnx=onnx, weights=stored)
+    notes = (*candidate.notes, *filter(None, [scarce]))
+    return replace(candidate, onnx=onnx, weights=stored, notes=notes)
 
 
 def shown_by(progress: Progress) -> OnStep:

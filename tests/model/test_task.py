@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from automl_compress.errors import TaskError
-from automl_compress.model.task import Task, accuracy, load_task, prepare
+from automl_compress.model.task import Task, accuracy, load_task, prepare, scarcity
 
 IMAGES, CLASSES = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 4
 SOURCE = """
@@ -191,6 +191,40 @@ def test_own_loss_and_metric_take_any_targets() -> None:
 def test_a_metric_that_is_not_a_number_is_refused() -> None:
     ready = prepare(task(metric=lambda o, t: float("nan")))
     assert "NaN" in refusal(lambda: ready.metric_of(IMAGES, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda o, t: nn.functional.cross_entropy(o, t, reduction="none"), ("scalar", "(10,)")),
+        (lambda o, t: 1.0, ("scalar", "float")),
+        (lambda o, t: nn.functional.cross_entropy(o, t).detach(), ("no gradient", "detach")),
+        (lambda o, t: o["logits"].sum(), ("loss <lambda> raised", "targets (10,)")),
+    ],
+)
+def test_a_loss_that_nothing_could_be_trained_with_is_refused_at_once(loss: Any, words: tuple[str, ...]) -> None:
+    message = refusal(lambda: prepare(task(loss=loss, metric=accuracy)))
+    assert all(word in message for word in words), message
+
+
+def test_a_metric_that_raises_is_named() -> None:
+    def share(outputs: Any, targets: Tensor) -> float:
+        raise KeyError("logits")
+
+    ready = prepare(task(metric=share))
+    assert "metric share raised KeyError on targets (10,)" in refusal(lambda: ready.metric_of(IMAGES, CLASSES))
+
+
+def test_validation_that_says_little_is_named_and_of_one_sample_refused() -> None:
+    def few(samples: int, **changes: Any) -> Task:
+        return task(validation=(IMAGES[:1].repeat(samples, 1), CLASSES[:1].repeat(samples)), **changes)
+
+    assert "single sample" in refusal(lambda: prepare(few(1)))
+    assert "only 50 samples, of which each makes 0.020" in scarcity(prepare(few(50)))
+    assert scarcity(prepare(few(100))) == ""
+    own = {"loss": nn.functional.cross_entropy, "metric": accuracy}
+    assert "single sample" in scarcity(prepare(few(1, **own)))  # one long sequence may hold many decisions
+    assert scarcity(prepare(few(2, **own))) == ""
 
 
 def test_accuracy_counts_the_largest_outputs() -> None:

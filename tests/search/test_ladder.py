@@ -157,6 +157,7 @@ def test_training_that_makes_it_worse_is_undone(folder: RunFolder) -> None:
     spoilt, steps = recover(folder, schedule=Training(epochs=1, learning_rate=30.0))
     assert steps == 4
     assert spoilt.metric == before.metric
+    assert "on validation: the repaired model" in spoilt.notes[-1]
     kept, repaired = load_file(spoilt.weights), load_file(before.weights)
     assert all(torch.equal(kept[name], repaired[name]) for name in repaired)
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from automl_compress import recover
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InputError, PlanError, RunFolderError
+from automl_compress.model.task import accuracy
 from automl_compress.progress import PlainProgress
 from automl_compress.search.recovering import shown_by
 from automl_compress.techniques.training.log import StepReport
@@ -70,3 +76,33 @@ def test_a_training_that_is_taken_up_is_shown_from_where_it_stood(capsys: pytest
     assert "training 7/10" in lines[-2]
     assert "training 8/10" in lines[-1]
     assert lines[-1].endswith("loss 0.5, images per second 100")
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.scores, self.boxes = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.stem(x).relu().mean((2, 3))
+        return {"scores": self.scores(y), "boxes": self.boxes(y)}
+
+
+def loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs["scores"], targets) + outputs["boxes"].square().mean()
+
+
+def hits(outputs: dict[str, Tensor], targets: Tensor) -> float:
+    return accuracy(outputs["scores"], targets) - float(outputs["boxes"].abs().mean())
+
+
+def test_loss_and_metric_get_the_outputs_in_the_models_own_container(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task = replace(tiny.task(), model=Detector(), loss=loss, metric=hits)
+    training = Training(epochs=1, average=0.5)  # validates the PyTorch model, too
+    found = recover(task, Plan(sparsity={"stem": 0.5}), training=training, output=tmp_path / "a")
+    session = onnxruntime.InferenceSession(str(found.onnx), providers=["CPUExecutionProvider"])
+    images, classes = tiny.split(400, 2)
+    scores, boxes = map(torch.from_numpy, session.run(None, {session.get_inputs()[0].name: images.numpy()}))
+    assert found.metric == pytest.approx(hits({"scores": scores, "boxes": boxes}, classes), abs=1e-5)

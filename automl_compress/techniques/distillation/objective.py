@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from automl_compress.errors import TaskError, TrainingError
+from automl_compress.model.outputs import require_loss
 from automl_compress.model.task import Batch, Task
 from automl_compress.techniques.distillation.balance import Balance
 from automl_compress.techniques.distillation.cache import AnswerCache
@@ -178,13 +179,9 @@ class Distillation:
 def task_loss(task: Task, outputs: Any, targets: Tensor) -> Tensor:
     """The task's own loss. Raises TaskError where it is no scalar, or a label is out of range."""
     try:
-        loss = task.loss_of(outputs, targets)
+        return require_loss(task.loss_of(outputs, targets))
     except IndexError as error:  # cross-entropy on a class that the model doesn't have
         raise TaskError(f"task: train labels are out of range: {error}") from error
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TaskError(f"the task's loss must return a scalar tensor, found {found}")
-    return loss
 
 
 def _label_losses(losses: Losses) -> dict[str, Callable[[ClassRows], Tensor]]:

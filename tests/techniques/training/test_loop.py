@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -221,11 +222,13 @@ def loss_that_is(bad: float, *steps: int) -> Any:
 def test_a_loss_that_is_no_number_is_taken_back_counted_and_slows_the_rest(bad: float) -> None:
     student, reports = net(), []
     before = weights(student)
-    ready = task(loss=loss_that_is(bad, 1))
+    ready = replace(task(), loss=loss_that_is(bad, 1))
     log = fit(student, ready, epochs=0.5)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert (log.rollbacks, log.images) == (1, 0)
-    log = fit(student, task(loss=loss_that_is(bad, 3)), epochs=3, schedule="constant", on_step=reports.append)
+    log = fit(
+        student, replace(task(), loss=loss_that_is(bad, 3)), epochs=3, schedule="constant", on_step=reports.append
+    )
     assert [report.learning_rate for report in reports] == [0.02, 0.02, 0.02, 0.01, 0.01, 0.01]
     assert [report.rollbacks for report in reports] == [0, 0, 1, 1, 1, 1]
     assert any(f"step 3 of 6 the loss became {bad}: rolled back" in note for note in log.notes)
@@ -233,18 +236,18 @@ def test_a_loss_that_is_no_number_is_taken_back_counted_and_slows_the_rest(bad: 
 
 def test_a_training_that_keeps_diverging_is_given_up() -> None:
     with pytest.raises(TrainingError, match=r"step 3 of 6 the loss became nan, after 2 rollbacks.*learning rate"):
-        fit(net(), task(loss=loss_that_is(math.nan, 1, 2, 3)), epochs=3, rollbacks=2)
+        fit(net(), replace(task(), loss=loss_that_is(math.nan, 1, 2, 3)), epochs=3, rollbacks=2)
 
 
 def test_a_loss_far_above_its_median_for_several_steps_is_taken_back() -> None:
-    log = fit(net(), task(loss=loss_that_is(1000.0, *range(30, 35))), epochs=40)
+    log = fit(net(), replace(task(), loss=loss_that_is(1000.0, *range(30, 35))), epochs=40)
     assert log.rollbacks == 1
     assert "the loss rose to" in log.notes[0]
-    assert fit(net(), task(loss=loss_that_is(1000.0, 30, 31, 33, 34)), epochs=40).rollbacks == 0
+    assert fit(net(), replace(task(), loss=loss_that_is(1000.0, 30, 31, 33, 34)), epochs=40).rollbacks == 0
 
 
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
-    ready = task(loss=lambda o, t: functional.cross_entropy(o, t, reduction="none"), metric=lambda o, t: 0.0)
+    ready = replace(task(), loss=lambda o, t: functional.cross_entropy(o, t, reduction="none"))
     with pytest.raises(TaskError, match=r"scalar.*\(32,\)"):
         fit(net(), ready)
 
