@@ -28,6 +28,7 @@ from automl_compress.search.forecast import PROFILE, Forecast
 from automl_compress.search.foresight import Foreseen, foresee
 from automl_compress.search.front import front_models
 from automl_compress.search.learning import learn
+from automl_compress.search.measuring import calibrate
 from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
 from automl_compress.search.options import TRIALS, Options
 from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
@@ -108,6 +109,7 @@ def compress(
             if known is not None:
                 progress.note(known.lend(campaign))
             learn(campaign)
+            calibrate(campaign)
             if known is not None:
                 progress.note(foresee(campaign).text)
             if settings.front is not None:
@@ -162,7 +164,7 @@ def foreseen(
     with open_campaign(task, settings, folder, progress, opened=known.lend_transferred) as campaign:
         campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
         progress.note(known.lend(campaign))
-        learn(campaign)
+        learn(campaign)  # no plan is measured for an answer in seconds
         return foresee(campaign)
 
 
@@ -208,6 +210,7 @@ def work(
     folder = Path(output) if output else default.with_name(f"{default.name}-worker-{os.getpid()}")
     with open_campaign(task, settings, folder, progress) as campaign:
         learn(campaign)
+        calibrate(campaign)
         before = trial_counts(campaign.study())
         campaign.explore(int(options.get("trials") or TRIALS), options.get("timeout"))
         after = trial_counts(campaign.study())

@@ -17,7 +17,6 @@ from automl_compress.search.campaign import MEASURED, SENSITIVITY, SPACE, Campai
 from automl_compress.search.dominated import drop_dominated
 from automl_compress.search.feasibility import require_feasible
 from automl_compress.search.forecast import SEARCH, Forecast
-from automl_compress.search.measuring import calibrate
 from automl_compress.search.pricing import additive_table
 from automl_compress.search.records import recorded_space, space_record
 from automl_compress.search.sensitivity import measure_joint, measure_sensitivity
@@ -37,7 +36,6 @@ def learn(campaign: Campaign) -> None:
     measured = campaign.measured.values()
     require_feasible(campaign.reach, campaign.aim, campaign.budget, campaign.original, measured)
     learn_quality(campaign)
-    calibrate(campaign)
 
 
 def measure_original(campaign: Campaign) -> None:

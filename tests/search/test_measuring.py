@@ -39,6 +39,7 @@ def test_predictions_that_are_wrong_about_the_budget_are_right_afterwards(
 ) -> None:
     with campaign(tmp_path / "run", home, latency=LIMIT) as opened:
         learn(opened)
+        calibrate(opened)
         opened.calibrate(wrong * opened.costs.margins["latency"])
         seeds = opened.seeds()
         assert ratio(opened) == pytest.approx(wrong, abs=0.03)
@@ -54,6 +55,7 @@ def test_predictions_that_are_wrong_about_the_budget_are_right_afterwards(
 def test_plans_about_the_budget_are_near_it_and_differ(tmp_path: Path, home: Path) -> None:
     with campaign(tmp_path / "run", home, latency=LIMIT) as opened:
         learn(opened)
+        calibrate(opened)
         plans, limit = about(opened), opened.aim.limits["latency"]
         assert len({opened.space.plan_key(plan) for plan in plans}) == len(plans) > 1
         assert len(plans) == 1 or all(limit / 1.25 <= opened.predict(plan).latency_us <= 1.25 * limit for plan in plans)
@@ -64,6 +66,7 @@ def test_each_budget_is_calibrated_once_and_a_resumed_run_measures_nothing(tmp_p
     plan = Plan(width=0.5)
     with campaign(tmp_path / "run", home, latency=LIMIT) as first:
         learn(first)
+        calibrate(first)
         asked = first.device.requests["compare"]
         calibrate(first)
         assert first.device.requests["compare"] == asked
@@ -75,6 +78,7 @@ def test_each_budget_is_calibrated_once_and_a_resumed_run_measures_nothing(tmp_p
         predicted = leg.predict(plan)
     with campaign(tmp_path / "run", home, latency=LIMIT) as second:
         learn(second)
+        calibrate(second)
         leg = second.leg("latency", 0.4)
         calibrate(leg)
         assert leg.predict(plan) == predicted
@@ -84,4 +88,5 @@ def test_each_budget_is_calibrated_once_and_a_resumed_run_measures_nothing(tmp_p
 def test_without_a_budget_on_latency_nothing_is_measured(tmp_path: Path, home: Path) -> None:
     with campaign(tmp_path / "run", home, size=LIMIT) as opened:
         learn(opened)
+        calibrate(opened)
         assert not opened.measured

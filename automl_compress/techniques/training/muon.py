@@ -2,7 +2,7 @@
 
 The momentum of a matrix is replaced by the nearest matrix whose singular values are all 1. Here the step's size is a
 share of the weight's own norm, so that one learning rate suits layers of any width and scale. In a few hundred steps
-that wins back more of a cut network than SGD does (`benchmarks/RESULTS.md`).
+that wins back more than SGD does of a network that much was cut from, and as much of others (`benchmarks/RESULTS.md`).
 
 Sources: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; You et al. 2017, "Large batch
 training of convolutional networks" (steps relative to the weight's norm).
