@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -141,9 +142,7 @@ def measure_model(
         spread=round(spread, 4),
         size_bytes=model.ByteSize(),
         activation_bytes=lowered.activation_bytes,
-        reordered_bytes=reordered_bytes(keys),
-        integer_nodes=integer_nodes(keys),
-        weight_only=runs_weight_only(keys),
+        **_memory_facts(keys),
         traffic_bytes=traffic,
         pace_us=round(pace_us, 3) if pace_us else None,
         predicted_us=round(before.us, 3) if before else None,
@@ -235,14 +234,17 @@ def weigh_models(
         device.profile.require_match()
         keys = [kernel.key for kernel in lowered.kernels]
         with device.saved(model) as path:
-            weighed_record = replace(
-                record,
-                memory_bytes=device.memory_bytes(path),
-                reordered_bytes=reordered_bytes(keys),
-                integer_nodes=integer_nodes(keys),
-                weight_only=runs_weight_only(keys),
-            )
-        device.profile.add_models([weighed_record])
+            memory_bytes = device.memory_bytes(path)
+        device.profile.add_models([replace(record, memory_bytes=memory_bytes, **_memory_facts(keys))])
         weighed += 1
         between()
     return weighed
+
+
+def _memory_facts(keys: Sequence[str]) -> dict[str, Any]:
+    """What a record says of its kernels because memory is predicted by it."""
+    return {
+        "reordered_bytes": reordered_bytes(keys),
+        "integer_nodes": integer_nodes(keys),
+        "weight_only": runs_weight_only(keys),
+    }

@@ -150,8 +150,8 @@ def allot(left: float, costs: Costs, *, epochs: float, baselines: int, trials: i
         steps = rungs(share * epochs, entrants)
         beside = epochs if whole_baselines else 0.0
         ends = looks * costs.ladder(steps) + costs.baselines(others, beside) + costs.delivery(1 + others)
-        least = min(wanted, max(_EXPLORE_SHARE * left, 4 * costs.trial) if share else costs.trial)
-        if ends + least <= left:
+        trying = min(wanted, max(_EXPLORE_SHARE * left, 4 * costs.trial) if share else costs.trial)
+        if ends + trying <= left:
             return Allotment(
                 exploring=left - ends,
                 rungs=steps,
@@ -162,7 +162,7 @@ def allot(left: float, costs: Costs, *, epochs: float, baselines: int, trials: i
     raise TooShort(
         f"{format_seconds(left)} are left, and a trial takes {costs.trial:.1f} s, finishing a model "
         f"{costs.finishing:.1f} s, measuring one {costs.measuring:.1f} s",
-        ends + least - left,
+        ends + trying - left,
     )
 
 

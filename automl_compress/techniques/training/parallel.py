@@ -1,8 +1,8 @@
 """Training in several processes, a GPU each: every process reads the same batches and computes its part of them.
 
 Gradients, losses, the statistics of batch-norms and what the objective remembers are averaged after every step, and all
-compute in pieces of one size, so that the processes stay equal. The
-processes are started and connected by Hugging Face's accelerate (`accelerate launch`), an optional extra.
+compute in pieces of one size, so that the processes stay equal. They are started and connected by
+Hugging Face's accelerate (`accelerate launch`), an optional extra.
 """
 
 from __future__ import annotations
