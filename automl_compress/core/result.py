@@ -79,7 +79,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The outcome of a run. `folder` holds everything named in the README's list of the run folder.
+    """The outcome of a run. `folder` holds everything that docs/runs.md lists.
 
     status     "met": `delivered` was measured on the device and meets the budget; "estimated": the device isn't here,
                and by estimate it does; "infeasible": nothing reachable does; "interrupted"
