@@ -108,7 +108,7 @@ class Neighbours:
     def _promising(
         self, states: States, losses: Losses, room: Floats, prices: Floats, paired: int, checked: int
     ) -> Ints:
-        """(row, candidate, 2): the pairs and single changes that should lower the loss most within the room."""
+        """(row, candidate, 2): the pairs and single changes that should lower the loss most within the room, or -1."""
         changes = self.changes(states, losses)
         rank = changes.loss + np.einsum("rmc,rm->rc", changes.cost, prices)
         count = min(paired, rank.shape[1])
@@ -130,6 +130,7 @@ class Neighbours:
         flat = together.reshape(len(together), -1)
         checked = min(checked, flat.shape[1] - 1)
         best = np.argpartition(flat, checked, axis=1)[:, :checked]
+        few = np.where(np.isfinite(loss), few, -1)  # where there are few changes, what isn't possible is among them
         first, second = np.take_along_axis(few, best // count, axis=1), np.take_along_axis(few, best % count, axis=1)
         single = alone.argmin(axis=1)
         first = np.concatenate([first, np.take_along_axis(few, single[:, None], axis=1)], axis=1)
