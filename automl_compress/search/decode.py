@@ -49,6 +49,21 @@ def solve(space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mappin
     return min(found, key=lambda s: (s.loss, s.cost.latency_us)).plan if found else None
 
 
+def excludes(space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mapping[str, float]) -> bool:
+    """Whether it is certain that no plan's cost by the table meets the limits; False where that can't be told."""
+    for width in student_widths(space):
+        if QuickDecoder(space, graph, table, width=width).solve(table.quality, limits) is not None:
+            return False
+        exact = Decoder(space, graph, table, width=width)
+        try:
+            if exact.solve(table.quality, limits) is not None:
+                return False
+        except Unsolved:
+            if not exact.excludes(limits):
+                return False
+    return True
+
+
 def cheapest(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str) -> Plan:
     """The plan, at any student width, that the table gives the lowest 'latency' or 'size' ('memory': as for size)."""
     metric = "size" if metric == "memory" else metric

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from automl_compress.core.budget import Budget, Cost, format_metric
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InfeasibleError
-from automl_compress.search.decode import cheapest, solve
+from automl_compress.search.decode import cheapest, excludes, solve
+from automl_compress.search.program import Unsolved
 from automl_compress.search.space import SearchSpace
 from automl_compress.search.table import AdditiveTable
 
@@ -45,8 +47,14 @@ class Reach:
         return tuple(sorted(costs, key=lambda name: -costs[name])[:_BINDING])
 
     def solve(self, limits: Mapping[str, float]) -> Plan | None:
-        """The table's optimum within limits on latency and size; None: there is no plan."""
-        return solve(self.space, self.graph, self.table, limits)
+        """The table's optimum within limits on latency and size; None: no plan was found."""
+        with suppress(Unsolved):
+            return solve(self.space, self.graph, self.table, limits)
+        return None
+
+    def excludes(self, limits: Mapping[str, float]) -> bool:
+        """Whether it is certain that no plan meets the limits by the table."""
+        return excludes(self.space, self.graph, self.table, limits)
 
     def _cheapest(self, metric: str) -> Plan:
         return cheapest(self.space, self.graph, self.table, "size" if metric == "memory" else metric)
@@ -75,7 +83,7 @@ def require_feasible(reach: Reach, aim: Budget, budget: Budget, original: Cost, 
     floors = reach.floors(budget.limits)
     over = {metric: floor for metric, floor in floors.items() if floor > budget.limits[metric] * _REACH}
     loosened = {metric: limit * _REACH for metric, limit in additive_limits(aim, original).items()}
-    if not over and reach.solve(loosened) is not None:
+    if not over and not reach.excludes(loosened):
         return
     nearest = {metric: max(f, budget.limits[metric]) if metric not in over else f for metric, f in floors.items()}
     what = ", ".join(

@@ -106,6 +106,17 @@ class Decoder:
         tie_break = sum(v / self._full[m] for m, v in self._cost.items())
         return self._minimise(1e3 * loss / scale + 1e-2 * tie_break, quality, limits, exclude, gap, exhaustive)
 
+    def excludes(self, limits: Mapping[str, float]) -> bool:
+        """Whether no plan meets the limits, since none does even where choices may be taken in part: a proof in
+        seconds, however large the program is. False says nothing."""
+        constraints = self._constraints(limits, ())
+        if constraints is None:
+            return True
+        nothing = np.zeros(self._rows.count)
+        options = {"time_limit": _HANGING_S}
+        result = milp(nothing, constraints=constraints, bounds=Bounds(0.0, 1.0), options=options)
+        return bool(result.status == _INFEASIBLE)
+
     def cheapest(self, quality: Mapping[QualityKey, float], metric: str) -> Solution:
         """The plan with the lowest 'latency' or 'size', the one with the lower loss among equals."""
         loss = self._losses(quality)
@@ -146,17 +157,9 @@ class Decoder:
     ) -> Any | None:
         if self._rows.count > _COLUMNS and not exhaustive:
             raise Unsolved(f"{len(self.space.decisions)} decisions are too many to be solved exactly")
-        room = {m: limits[m] - self.table.fixed.of(m) for m in limits}
-        if any(value < 0 for value in room.values()):
+        constraints = self._constraints(limits, cuts)
+        if constraints is None:
             return None
-        constraints = [LinearConstraint(*self._matrix)]
-        extra = [self._cost[m] / max(room[m], 1e-12) for m in room]
-        bounds = [1.0] * len(extra)
-        for cut in cuts:
-            extra.append(self._rows.vector(dict.fromkeys(cut, 1.0)))
-            bounds.append(len(cut) - 1.0)
-        if extra:
-            constraints.append(LinearConstraint(csr_matrix(np.array(extra)), -np.inf, np.array(bounds)))
         result = milp(
             objective,
             constraints=constraints,
@@ -170,6 +173,21 @@ class Decoder:
                 f"({' '.join(str(result.message).split())}); offer fewer options in the search space"
             )
         return None if result.x is None else result
+
+    def _constraints(self, limits: Mapping[str, float], cuts: Sequence[list[int]]) -> list[LinearConstraint] | None:
+        """None where what is fixed exceeds a limit."""
+        room = {m: limits[m] - self.table.fixed.of(m) for m in ADDITIVE if m in limits}
+        if any(value < 0 for value in room.values()):
+            return None
+        constraints = [LinearConstraint(*self._matrix)]
+        extra = [self._cost[m] / max(room[m], 1e-12) for m in room]
+        bounds = [1.0] * len(extra)
+        for cut in cuts:
+            extra.append(self._rows.vector(dict.fromkeys(cut, 1.0)))
+            bounds.append(len(cut) - 1.0)
+        if extra:
+            constraints.append(LinearConstraint(csr_matrix(np.array(extra)), -np.inf, np.array(bounds)))
+        return constraints
 
     def _add_group(self, group: ChannelGroup) -> None:
         for count in self._options[group.name]:

@@ -11,7 +11,7 @@ from automl_compress.core.graph import ChannelGroup, Graph, Layer, Place
 from automl_compress.core.plan import Plan
 from automl_compress.search import program
 from automl_compress.search.arrays import TableArrays
-from automl_compress.search.decode import AdditiveTable, Decoder, QuickDecoder, additive_loss, solve
+from automl_compress.search.decode import AdditiveTable, Decoder, QuickDecoder, additive_loss, excludes, solve
 from automl_compress.search.moves import Neighbours
 from automl_compress.search.pricing import random_plan
 from automl_compress.search.program import Unsolved
@@ -147,6 +147,20 @@ def test_every_single_change_does_what_it_says(name: str) -> None:
         assert arrays.digests(after) != arrays.digests(states.take([row]))
 
 
+def test_neighbours_are_plans_of_the_space_though_there_are_few() -> None:
+    graph = residual(blocks=1)
+    space = space_of(graph)
+    bits = [d for d in space.decisions if d.kind == "bits"]
+    others = {d.name: d.options[0] for d in space.decisions if d.kind != "bits"}
+    space = replace(space, decisions=(replace(bits[0], options=(32, 8, 4)), *bits[1:]), fixed=others)
+    table = table_for(space_of(graph), graph)
+    arrays = TableArrays(space, graph, table)
+    losses, limits, prices = arrays.losses([table.quality]), np.full((1, 2), np.inf), np.ones((1, 2))
+    start = arrays.states([Plan()])
+    found = Neighbours(arrays).around(start, losses, limits, prices, paired=48, count=60)
+    assert len({arrays.plan(found, row).key for row in range(len(found))}) > len(bits)
+
+
 def test_the_same_question_has_the_same_answer() -> None:
     graph, space, table = case("deep", 3)
     limits = limits_of(graph, table, 0.4, "latency size")
@@ -189,6 +203,8 @@ def test_the_quick_plan_stands_in_where_a_program_is_too_large_to_be_solved(monk
     assert table.plan_cost(graph, plan).latency_us <= limits["latency"]
     with pytest.raises(Unsolved, match="too many"):
         solve(space, graph, table, {"latency": 1e-3})
+    assert excludes(space, graph, table, {"latency": 1e-3})
+    assert not excludes(space, graph, table, limits)
     exact = Decoder(space, graph, table).solve(table.quality, limits, exhaustive=True)
     assert exact is not None
     assert exact.loss <= QuickDecoder(space, graph, table).solve(table.quality, limits).loss  # type: ignore[union-attr]
