@@ -8,7 +8,6 @@ sets tell the sampler by how much it missed; such a trial isn't evaluated.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import optuna
@@ -50,14 +49,12 @@ def make_sampler(
     seed: int,
 ) -> BaseSampler:
     """A sampler by its name: 'budget' (ours), 'tpe', 'gp', 'nsga2', 'cmaes' or 'random' (Optuna's, penalised), or one
-    of these with ':project' behind it. InputError for any other, and for 'cmaes' without the package of that name."""
+    of these with ':project' behind it. InputError for any other."""
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
     if name == "budget":
         return BudgetSampler(space=space, decoder=decoder, limits=limits, predict=predict, original=original, seed=seed)
     plain = name.removesuffix(_PROJECTED)
-    if plain == "cmaes" and find_spec("cmaes") is None:
-        raise InputError("sampler 'cmaes' needs a package that isn't installed: pip install cmaes")
     sampler = _OPTUNA[plain](seed)
     if plain == name:
         return sampler

@@ -215,7 +215,6 @@ def test_numbers_stand_for_options_where_a_sampler_knows_numbers_only() -> None:
 
 @pytest.mark.parametrize("name", ["cmaes", "cmaes:project"])
 def test_evolution_of_numbers(name: str) -> None:
-    pytest.importorskip("cmaes", reason="the package cmaes is not installed")
     bench = Bench()
     decoder = Decoder(bench.space, bench.graph, bench.table)
     sampler = make_sampler(name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)
@@ -231,10 +230,8 @@ def test_samplers_of_optuna_run_with_the_same_constraints(name: str) -> None:
     assert all(list(t.constraints) == ["latency", "size"] for t in study.trials)
 
 
-@pytest.mark.parametrize(("name", "message"), [("cmaes", "pip install cmaes"), ("best", "use one of budget")])
-def test_an_unknown_sampler_is_an_error(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("automl_compress.search.sampler.find_spec", lambda _: None)
+def test_an_unknown_sampler_is_an_error() -> None:
     bench = Bench()
     decoder = Decoder(bench.space, bench.graph, bench.table)
-    with pytest.raises(InputError, match=message):
-        make_sampler(name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)
+    with pytest.raises(InputError, match="use one of budget"):
+        make_sampler("best", space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)
