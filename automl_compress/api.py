@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -149,20 +150,21 @@ def foreseen(
     run: str | Path,
     task: Task | str | None = None,
     *,
-    output: str | Path | None = None,
     progress: Progress | None = None,
     **asked: Any,
 ) -> Foreseen:
     """The first answer of `rebudget` alone, in seconds: the best plan that is known, and what it is predicted to cost.
 
-    Raises InfeasibleError where no plan is predicted to be within the budgets.
+    It leaves no run folder: a search goes by predictions that were corrected by measuring. Raises InfeasibleError where
+    no plan is predicted to be within the budgets.
     """
     progress, known = progress or SilentProgress(), read_run(Path(run))
     task, options = rebudgeted(known, task, asked)
-    folder = Path(output) if output else _beside(Path(run), task, options)
     settings = make_settings(task, **options)
-    with open_campaign(task, settings, folder, progress, opened=known.lend_transferred) as campaign:
-        campaign.folder.write_yaml("config.yaml", effective_config(campaign, settings))
+    with (
+        TemporaryDirectory(prefix="automl-compress-") as folder,
+        open_campaign(task, settings, Path(folder), progress, opened=known.lend_transferred) as campaign,
+    ):
         progress.note(known.lend(campaign))
         learn(campaign)  # no plan is measured for an answer in seconds
         return foresee(campaign)

@@ -198,6 +198,8 @@ def test_rebudget_can_answer_with_a_plan_alone(capsys: pytest.CaptureFixture[str
     assert main([*line, "--json"], api=FakeApi(found)) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["width"] == 0.5
     assert main(line, api=FakeApi(InfeasibleError("nothing", nearest={"latency": 300.0}))) == 3
+    assert main([*line, "-o", "runs/y"], api=FakeApi(found)) == 2
+    assert "leave out -o" in capsys.readouterr().err
 
 
 def test_defaults() -> None:

@@ -14,6 +14,7 @@ from automl_compress.cli.output import display, print_result, stdout_to_stderr
 from automl_compress.cli.search import report
 from automl_compress.core.budget import parse_budget
 from automl_compress.core.goal import parse_aim
+from automl_compress.errors import InputError
 
 commands = typer.Typer()
 
@@ -59,10 +60,14 @@ def _rebudget(
             "epochs": epochs,
             "timeout": None if timeout is None else parse_seconds(timeout),
         }
+        if plan_only and output is not None:
+            raise InputError("--plan-only leaves no run folder behind: leave out -o, or --plan-only")
         with stdout_to_stderr(), display(quiet) as progress:
             api = api or import_module("automl_compress.api")
-            answer = api.foreseen if plan_only else api.rebudget
-            found = answer(run, task, output=output, progress=progress, **asked)
+            if plan_only:
+                found = api.foreseen(run, task, progress=progress, **asked)
+            else:
+                found = api.rebudget(run, task, output=output, progress=progress, **asked)
         if not plan_only:
             return report(found.to_json(), as_json)
         print_result(json.dumps(found.to_json(), indent=2) if as_json else found.text)
