@@ -28,6 +28,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 
 from automl_compress.core.plan import Plan
+from automl_compress.core.result import Figures
 from automl_compress.errors import CompressError, InputError
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
@@ -74,16 +75,34 @@ class Baselines:
 
     search      the search's one-shot metrics within the budget, in the order of their evaluation
     candidates  name -> the model as recovered; of `distilled` after training like the search's own
+    own         the search's own finished model, where a baseline's is delivered
     """
 
     rivals: tuple[Rival, ...] = ()
     search: tuple[float, ...] = ()
     candidates: Mapping[str, Candidate] = field(default_factory=dict)
     distilled: frozenset[str] = frozenset()
+    own: Figures | None = None
 
     @property
     def trained(self) -> dict[str, Candidate]:
         return {name: found for name, found in self.candidates.items() if name in self.distilled}
+
+
+def beside_own(found: Baselines, campaign: Campaign, best: Candidate, own: Candidate) -> Baselines:
+    """The same, with the search's `own` finished model where `best`, which is delivered, is a baseline's."""
+    if best.plan == own.plan or all(best is not other for other in found.candidates.values()):
+        return found
+    cost = campaign.cost(replace(own.plan, kept={}))
+    figures = Figures(
+        metric=own.metric,
+        latency_us=cost.latency_us,
+        size_bytes=int(cost.size_bytes),
+        memory_bytes=int(cost.memory_bytes),
+        provenance=cost.provenance,
+        plan=own.plan,
+    )
+    return replace(found, own=figures)
 
 
 def check_effort(effort: str) -> None:

@@ -7,14 +7,14 @@ percent. Trials, measurements and recovered models count under every budget.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from automl_compress.core.budget import format_metric
 from automl_compress.core.goal import Goal
 from automl_compress.errors import InfeasibleError
-from automl_compress.search.baselines import Baselines
+from automl_compress.search.baselines import Baselines, beside_own
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.climb import Climber, within_budget
@@ -61,7 +61,8 @@ def cheapest_model(campaign: Campaign, settings: Settings) -> Found:
         best = hunt.edge.good[0]
         verified = verified_or_rejected(campaign, best, beaten.candidates)
         if verified is not None:
-            return best, verified, beaten
+            own = next((c for c in hunt.edge.good if any(c is found for found in hunt.own)), best)
+            return best, verified, beside_own(beaten, campaign, best, own)
         hunt.edge.forget(best)
     raise hunt.failure(goal, asked)
 
@@ -76,6 +77,7 @@ class _Hunt:
     what: str
     edge: Edge
     looks: int = 0
+    own: list[Candidate] = field(default_factory=list)
 
     def scan(self) -> None:
         """A few trials at each of some budgets: how the loss falls with the cost."""
@@ -111,6 +113,7 @@ class _Hunt:
         plans = finalists(leg, trials, exploring, places=ahead.rungs[0].models)
         allotment = self.climber.allot(0, baselines=self._beside, looks=looks)
         found = [self.climber.climb(leg, plans, allotment)]
+        self.own += found
         if self.looks == 1:
             simple = self.climber.baselines(self.campaign, allotment)
             found += within_budget(self.campaign, simple)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from automl_compress.errors import CompressError, ExportError
-from automl_compress.search.baselines import Baselines
+from automl_compress.search.baselines import Baselines, beside_own
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.climb import Climber, within_budget
@@ -37,7 +37,7 @@ def best_model(campaign: Campaign, settings: Settings) -> Found:
         best = max(models, key=lambda candidate: candidate.metric)
         verified = verified_or_rejected(campaign, best, beaten.candidates)
         if verified is not None:
-            return best, verified, beaten
+            return best, verified, beside_own(beaten, campaign, best, finished)
         contenders.reject(best)
     raise none_left(campaign, DELIVERIES)
 

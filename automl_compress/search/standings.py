@@ -25,7 +25,8 @@ class Standing:
     """The search beside one baseline at one rung.
 
     metric, search_metric    what was compared: at "one-shot" the metric on the samples of trials, each the best of so
-                             many `evaluations`; at "full" the metric on all validation data
+                             many `evaluations`; at "full" the metric on all validation data, of the search's own model
+                             where a baseline's is delivered
     within_budget            whether the baseline is a rival: within every budget, and good enough where that was asked
     beaten                   None where the baseline is no rival, or was not to be had
     """
@@ -78,20 +79,21 @@ def _one_shot_text(rival: Rival, best: float | None, count: int, beaten: bool | 
 
 def full_standings(found: Baselines, verified: Verified, goal: Goal | None = None) -> Iterator[Standing]:
     """The delivered model beside the original and the baselines that were trained; with a `goal`, its cost beside that
-    of baselines that are good enough."""
+    of baselines that are good enough. Where it is a baseline's own, the search's best is held against the others."""
     delivered = verified.delivered
+    ours, whose = (delivered, "the delivered model") if found.own is None else (found.own, "the search's own model")
     models = {ORIGINAL: verified.original, **_trained(found, verified)}
     for name, figures in models.items():
-        rival = _is_rival(figures, verified, goal)
         same = figures.plan is not None and figures.plan == delivered.plan
-        beaten = None if not rival else False if same else _better(delivered, figures, goal)
-        what = "it is the delivered model" if same else f"the delivered model {_shown(delivered, goal)}"
+        rival = same or _is_rival(figures, verified, goal)  # one file that is measured twice may be on both sides
+        beaten = None if not rival else False if same else _better(ours, figures, goal)
+        what = "it is the delivered model" if same else f"{whose} {_shown(ours, goal)}"
         trained = "as it was" if name == ORIGINAL else "trained"
         yield Standing(
             baseline=name,
             rung="full",
             metric=figures.metric,
-            search_metric=delivered.metric,
+            search_metric=ours.metric,
             within_budget=rival,
             beaten=beaten,
             text=f"{name}: {_shown(figures, goal)} {trained}, {what}: {_verdict(beaten)}",

@@ -136,7 +136,7 @@ def test_the_delivered_model_stands_beside_what_was_trained_like_it() -> None:
         "equal": figures(0.9, 44.0, Plan(width=0.7)),
         "worse": figures(0.8, 30.0, Plan(width=0.4)),
         "dear": figures(0.94, 46.0, Plan(width=0.9)),
-        "same": figures(0.9, 40.0, Plan(width=0.5)),
+        "same": figures(0.9, 45.1, Plan(width=0.5)),
         "untrained": figures(0.1, 40.0, Plan(width=0.3)),
     }
     found = Baselines(distilled=frozenset(models) - {"untrained"})
@@ -147,6 +147,21 @@ def test_the_delivered_model_stands_beside_what_was_trained_like_it() -> None:
     assert rows["worse"].text == "worse: 0.8000 trained, the delivered model 0.9000: beaten"
     assert "it is the delivered model: not beaten" in rows["same"].text
     assert all(row.rung == "full" for row in rows.values())
+
+
+def test_where_a_baseline_is_delivered_the_search_has_not_beaten_others_by_it() -> None:
+    models = {
+        "delivered": figures(0.9, 40.0, Plan(width=0.5)),
+        "middling": figures(0.87, 44.0, Plan(width=0.7)),
+        "worst": figures(0.85, 44.0, Plan(width=0.6)),
+    }
+    found = Baselines(distilled=frozenset(models), own=figures(0.86, 42.0, Plan(width=0.4)))
+    rows = {row.baseline: row for row in full_standings(found, verified(**models))}
+    assert {name: row.beaten for name, row in rows.items()} == {
+        "original": None, "delivered": False, "middling": False, "worst": True,
+    }  # fmt: skip
+    assert rows["worst"].text == "worst: 0.8500 trained, the search's own model 0.8600: beaten"
+    assert rows["worst"].search_metric == 0.86
 
 
 def test_for_the_cheapest_model_the_cost_of_good_enough_ones_counts() -> None:
