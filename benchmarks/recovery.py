@@ -171,33 +171,25 @@ class Laboratory:
 
     def _job(self, recipe: Recipe, plan: Any, weights: Path, seed: int) -> Any:
         from automl_compress.recovery.job import Job
-        from automl_compress.recovery.start import starting_model
         from automl_compress.search.candidate import rebuild
         from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
         from automl_compress.techniques.distillation.objective import Distillation
         from automl_compress.techniques.distillation.pairing import pair_layers
         from automl_compress.techniques.prune import apply_plan
-        from automl_compress.techniques.training.data import batches_in
 
         def objective(followed: Any) -> Distillation:
             pairs = pair_layers(self.graph, followed, self.bench.teacher)
             return Distillation(self.task, self.bench.teacher, parse_losses(recipe.losses or DEFAULT), pairs)
 
-        def make(followed: Any, whole: Any) -> Any:
-            if whole is not self.bench.teacher or followed != plan:
-                return self.bench.students.make(followed, whole).model
-            repaired = rebuild(self.bench, plan, weights)
-            if recipe.repair is not None:
-                return repaired if recipe.repair else apply_plan(whole, self.graph, followed).eval()
-            steps = self.epochs * batches_in(self.task)
-            return starting_model(repaired, whole, self.graph, plan, steps)
-
+        cut = recipe.repair is False
+        start = apply_plan(self.bench.teacher, self.graph, plan).eval() if cut else rebuild(self.bench, plan, weights)
+        epochs = self.epochs if recipe.repair is None else 0.0  # a short training starts from what it is given
         return Job(
             task=self.task,
             teacher=self.bench.teacher,
             graph=self.graph,
             plan=plan,
-            make=make,
+            make=self.bench.starts(plan, start, epochs),
             objective=objective,
             training=Training(epochs=self.epochs * (1 - recipe.rounding), optimizer=recipe.optimizer),
             seed=seed,

@@ -8,13 +8,11 @@ from automl_compress.core.plan import Plan
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
-from automl_compress.recovery.start import starting_model
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.prune import apply_plan
-from automl_compress.techniques.training.data import batches_in
 from automl_compress.techniques.training.settings import Training
 
 
@@ -25,14 +23,7 @@ def recovered(bench: Workbench, plan: Plan, epochs: float, *, repaired: bool) ->
               selected their channels and know no repair
     """
     losses = parse_losses(DEFAULT)
-    student, full = bench.student(plan) if repaired else (None, plan)
-
-    def make(other: Plan, whole: nn.Module) -> nn.Module:
-        if student is None:
-            return apply_plan(whole, bench.graph, other)
-        if whole is bench.teacher and other == full:
-            return starting_model(student, whole, bench.graph, full, epochs * batches_in(bench.task))
-        return bench.students.make(other, whole).model
+    student, full = bench.student(plan) if repaired else (apply_plan(bench.teacher, bench.graph, plan), plan)
 
     def objective(other: Plan) -> Distillation:
         pairs = pair_layers(bench.graph, other, bench.teacher) if losses.features else ()
@@ -43,7 +34,7 @@ def recovered(bench: Workbench, plan: Plan, epochs: float, *, repaired: bool) ->
         teacher=bench.teacher,
         graph=bench.graph,
         plan=full,
-        make=make,
+        make=bench.starts(full, student, epochs),
         objective=objective,
         training=Training(epochs=epochs),
     )

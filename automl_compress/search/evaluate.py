@@ -25,12 +25,15 @@ from automl_compress.errors import TaskError
 from automl_compress.model.outputs import arranged, check_labels, checked_forward
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task
+from automl_compress.recovery.job import Make
+from automl_compress.recovery.start import starting_model
 from automl_compress.search.student import REPAIR_SAMPLES, Outputs, Students, distance
 from automl_compress.techniques.prune import Ranking, apply_plan, select_channels
 from automl_compress.techniques.quantization.calibrate import activation_tensors
 from automl_compress.techniques.quantization.fake_quant import FakeQuantized
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.tune import Calibration, Quantization, quantized, tune
+from automl_compress.techniques.training.data import batches_in
 
 CALIBRATION_SAMPLES = 512
 _JUDGED = 256
@@ -133,6 +136,17 @@ class Workbench:
         """
         student = self.students.make(plan)
         return student.model, student.plan
+
+    def starts(self, plan: Plan, repaired: nn.Module, epochs: float) -> Make:
+        """What recovering a plan (channels selected) for so many epochs begins with: its own model as `starting_model`
+        says; models of other plans, on the way to it, are repaired without training."""
+
+        def make(other: Plan, whole: nn.Module) -> nn.Module:
+            if whole is self.teacher and other == plan:
+                return starting_model(repaired, whole, self.graph, plan, epochs * batches_in(self.task))
+            return self.students.make(other, whole).model
+
+        return make
 
     def structure(self, plan: Plan) -> onnx.ModelProto:
         """The plan's ONNX model with the right shapes and operators but without repair: enough to predict its cost."""

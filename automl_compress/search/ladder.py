@@ -21,7 +21,6 @@ from automl_compress.model.surgery import copy_model
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
-from automl_compress.recovery.start import starting_model
 from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.evaluate import Workbench
@@ -150,19 +149,12 @@ class Recovery:
         self, name: str, rung: str, plan: Plan, student: nn.Module, schedule: Training, on_step: OnStep | None
     ) -> Job:
         bench = self._bench
-
-        def make(other: Plan, whole: nn.Module) -> nn.Module:
-            if whole is bench.teacher and other == plan:
-                steps = schedule.epochs * batches_in(bench.task)
-                return starting_model(student, whole, bench.graph, plan, steps)
-            return bench.students.make(other, whole).model
-
         return Job(
             task=bench.task,
             teacher=bench.teacher,
             graph=bench.graph,
             plan=plan,
-            make=make,
+            make=bench.starts(plan, student, schedule.epochs),
             objective=self._objective,
             training=schedule,
             seed=bench.seed,
