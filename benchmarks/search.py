@@ -46,6 +46,12 @@ def main() -> None:
     options.add_argument("--minutes", type=float, help="after which parts a and c begin no further search or model")
     options.add_argument("--seeds", type=int, help="of part a (default 5; 1 with --quick)")
     options.add_argument("--epochs", nargs="*", type=float, default=[3, 10], help="of part c (default: 3 10)")
+    options.add_argument(
+        "--ladder",
+        type=float,
+        metavar="EPOCHS",
+        help="of part c: for how long a training plans are chosen (default: its own)",
+    )
     options.add_argument("--routes", nargs="*", default=list(search_delivered.ALL_ROUTES), help="of part c")
     options.add_argument(
         "--steps",
@@ -106,6 +112,7 @@ def with_laboratory(
             shares=shares,
             epochs=[0.5] if given.quick else given.epochs,
             routes=given.routes,
+            ladder=given.ladder,
             seeds=seeds,
             steps=given.steps,
             deadline=deadline,

@@ -70,9 +70,16 @@ class Deliveries:
     """What was cut, trained and timed so far, below `cache`."""
 
     def __init__(
-        self, laboratory: Laboratory, cache: Path, progress: Progress, *, routes: Sequence[str], seeds: int
+        self,
+        laboratory: Laboratory,
+        cache: Path,
+        progress: Progress,
+        *,
+        routes: Sequence[str],
+        ladder: float | None,
+        seeds: int,
     ) -> None:
-        self.laboratory, self.progress, self._seeds = laboratory, progress, seeds
+        self.laboratory, self.progress, self._seeds, self._ladder = laboratory, progress, seeds, ladder
         self._folder = cache / "models"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._ratios = Lines(cache / "cuts.jsonl")
@@ -130,7 +137,7 @@ class Deliveries:
                 for share in shares:
                     if route != OURS:
                         yield self._cut(route, share, length)
-                    elif plan := self._searched(share, length):
+                    elif plan := self._searched(share, self._ladder or length):
                         yield Item(route=OURS, share=share, epochs=length, plan=plan, name=f"{OURS}-{plan.key}")
                     else:
                         self.progress.note(
@@ -308,6 +315,7 @@ def run(
     shares: Sequence[float],
     epochs: Sequence[float],
     routes: Sequence[str],
+    ladder: float | None,
     seeds: int,
     steps: Sequence[str] = STEPS,
     deadline: float | None = None,
@@ -315,10 +323,11 @@ def run(
 ) -> list[dict[str, Any]]:
     """What the search found with each of `seeds`, and the other routes.
 
+    `ladder`: so many epochs decide how many plans go up the ladder and for how long; None: as many as are trained.
     The steps that are named: `searches` evaluates, `models` trains, the others measure and want an idle core.
     After `deadline` (of `time.monotonic`) no further model is begun.
     """
-    deliveries = Deliveries(laboratory, cache, progress, routes=routes, seeds=seeds)
+    deliveries = Deliveries(laboratory, cache, progress, routes=routes, ladder=ladder, seeds=seeds)
     if "cuts" in steps:
         deliveries.measure_cuts()
         progress.note(f"in 8 bits with nothing removed: {deliveries.untouched_ratio():.3f} of the original's latency")
