@@ -52,7 +52,8 @@ _SPEED_PLANS = 1000
 
 def main() -> None:
     options = common.parser(__doc__.split("\n")[0])
-    options.add_argument("--networks", nargs="*", default=list(networks.NETWORKS), help="of benchmarks/networks.py")
+    names = list(networks.NETWORKS)
+    options.add_argument("--networks", nargs="*", default=names, choices=names, help="of benchmarks/networks.py")
     options.add_argument("--task", nargs="*", default=[], metavar="TASK", help="further ones: path/task.py[:function]")
     options.add_argument("--space", help="search space (default: cnn; transformer for the encoder)")
     options.add_argument("--plans", type=int, default=60, help="that are predicted and measured (default 60)")

@@ -434,7 +434,7 @@ def test_other_durations_are_refused(text: str) -> None:
 
 PROFILED = Profiled(
     network="net", file="p.yaml", kernels=7, models=3, memories=1, known=9, requests=4, seconds=12.0,
-    error=0.011, worst_error=0.04, checked=12, quick_error=0.008, warnings=("hot",),
+    error=0.011, worst_error=0.04, checked=12, quick_error=0.008, memory_error=0.025, warnings=("hot",),
 )  # fmt: skip
 
 
@@ -447,7 +447,14 @@ def test_profile_passes_its_options_on_and_says_what_was_found(capsys: pytest.Ca
     expected = {"kernels": "standard", "profile": "p", "device": "ssh://h", "space": "s", "threads": 2, "seed": 3}
     assert {name: options[name] for name in expected} == expected
     out = capsys.readouterr().out
-    for part in ("7 kernels", "off by 1.1%", "worst 4.0% of 12", "another 0.8%", "warning: hot"):
+    for part in (
+        "7 kernels",
+        "off by 1.1%",
+        "worst 4.0% of 12",
+        "another 0.8%",
+        "weighed: off by 2.5%",
+        "warning: hot",
+    ):
         assert part in out
     assert main([*line.split(), "--json"], api=api) == 0
     assert json.loads(capsys.readouterr().out)[0]["worst_error"] == 0.04

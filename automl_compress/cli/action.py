@@ -30,10 +30,15 @@ _OS_ERRORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Action:
-    """What the command line asks for: parsed, not yet begun. `run` gets the api module and returns the exit code."""
+    """What the command line asks for: parsed, not yet begun. `run` gets the api module and returns the exit code.
+
+    folder   what it works in: the same command goes on there after an interruption
+    resumes  whether it goes on without such a folder
+    """
 
     run: Callable[[Any], int]
     folder: Path | None = None
+    resumes: bool = False
     debug: bool = False
 
 
@@ -43,7 +48,7 @@ def guarded(action: Action, api: Any) -> int:
         with _sigterm_as_interrupt():
             return action.run(api)
     except KeyboardInterrupt:
-        again = " (the same command resumes it)" if action.folder else ""
+        again = " (the same command resumes it)" if action.folder or action.resumes else ""
         return fail(f"interrupted{again}", INTERRUPTED)
     except InfeasibleError as error:
         return fail("; ".join(filter(None, [str(error), nearest_text(error.nearest, error.binding)])), error.exit_code)

@@ -58,7 +58,7 @@ def _profile(
         print_result(json.dumps(rows, indent=2) if as_json else "\n".join(_text(row) for row in rows))
         return 0
 
-    return Action(run=run, debug=debug)
+    return Action(run=run, debug=debug, resumes=True)
 
 
 def _text(row: Mapping[str, Any]) -> str:
@@ -74,4 +74,6 @@ def _text(row: Mapping[str, Any]) -> str:
         lines.append(f"  latency of plans that were not measured before: off by {row['error']:.1%} (median; {worst})")
     if row["quick_error"] is not None:
         lines.append(f"  without lowering them, another {row['quick_error']:.1%} (median)")
+    if row["memory_error"] is not None:
+        lines.append(f"  memory of plans that were not weighed: off by {row['memory_error']:.1%} (median)")
     return "\n".join([*lines, *(f"  warning: {warning}" for warning in row["warnings"])])

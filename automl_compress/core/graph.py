@@ -57,6 +57,11 @@ class Layer:
             for part in (self.kind, self.input_shape, self.output_shape, self.kernel, self.stride, self.groups)
         )
 
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution, whose weight has the input channels first."""
+        return self.kind == "conv" and self.in_axis < self.out_axis
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:

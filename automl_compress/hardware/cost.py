@@ -279,12 +279,13 @@ def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
     foreseen = [(r.foreseen or 0.0) >= _FORESEEN and bool(r.predicted_us) for r in usable]
     errors = [error for known, error in zip(foreseen, found.errors, strict=False) if known]
     if len(errors) < _ENOUGH_CHECKED:
-        return replace(found, error=None, worst_error=None, deviation=None)
+        return replace(found, error=None, worst_error=None, p95_error=None, deviation=None)
     middle, high = np.percentile(errors, [50, 95])
     return replace(
         found,
         error=float(middle),
         worst_error=max(errors),
+        p95_error=float(high),
         checked=len(errors),
         deviation=float(max(middle / MEDIAN_DEVIATION, high / _TWO_SIDED_95)),
     )

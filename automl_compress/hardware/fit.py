@@ -28,7 +28,8 @@ class Fit:
 
     records      how many measurements it was fitted on
     error        median relative error on measurements left out one by one; None with too few for a fit
-    worst_error  the largest of those; `checked` is how many there were, and `errors` all of them in their order
+    worst_error  the largest of those, `p95_error` their 95th percentile; `checked` is how many there were, and `errors`
+                 all of them in their order
     deviation    their root mean square, which heavy tails raise above what the median says; None where `error` is
     """
 
@@ -38,6 +39,7 @@ class Fit:
     records: int
     error: float | None = None
     worst_error: float | None = None
+    p95_error: float | None = None
     deviation: float | None = None
     checked: int = 0
     errors: tuple[float, ...] = ()
@@ -84,6 +86,7 @@ def fit(
         records=len(targets),
         error=float(np.median(errors)),
         worst_error=float(max(errors)),
+        p95_error=float(np.percentile(errors, 95)),
         deviation=float(np.sqrt(np.mean(np.square(errors)))),
         checked=len(errors),
         errors=tuple(errors),

@@ -1,7 +1,7 @@
 """The header of a profile file: which device, which runtime, what it executes, how it is measured.
 
 What people write is checked here by pydantic: an unknown or repeated field, a wrong type is refused. No
-file is opened.A field that comes later needs a default, or a new version and a step in `migrate.py`.
+file is opened. A field that comes later needs a default, or a new version and a step in `migrate.py`.
 """
 
 from __future__ import annotations

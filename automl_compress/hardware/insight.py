@@ -41,13 +41,17 @@ def warnings(profile: DeviceProfile) -> list[str]:
         )
     shaky = sum(model.spread >= UNTRUSTED_SPREAD for model in profile.models)
     if shaky:
-        found.append(f"{shaky} of {len(profile.models)} whole models have a spread of {UNTRUSTED_SPREAD:.0%} or more")
+        share = f"{shaky} of {len(profile.models)} whole models"
+        found.append(f"{share} have a spread of {UNTRUSTED_SPREAD:.0%} or more; delete their lines, too")
     noted = (kernel.conditions.split("; ") for kernel in profile.kernels.values() if kernel.conditions)
     special = Counter(kind for kinds in noted for kind in set(kinds))
     found += [f"{number} of {count} kernels were measured under: {kind}" for kind, number in sorted(special.items())]
     for family, fit in profile.corrections.items():
         if fit.error is not None and fit.error > _POOR_FIT:
             found.append(f"correction {family}: models left out are predicted {fit.error:.1%} wrong (median)")
+    processes = profile.provenance == "measured" and profile.header.memory.model == "process"
+    if processes and profile.models and all(model.memory_bytes is None for model in profile.models):
+        found.append("no model was weighed: memory is predicted by a general rule until a network is profiled")
     if profile.provenance == "measured" and not count:
         found.append("nothing was measured yet")
     return found

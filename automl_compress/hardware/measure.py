@@ -219,14 +219,20 @@ def spread_evenly(keys: Sequence[str], count: int) -> list[str]:
 
 
 def weigh_models(
-    device: Device, models: Iterable[onnx.ModelProto], *, between: Callable[[], None] = lambda: None
+    device: Device,
+    models: Iterable[onnx.ModelProto],
+    *,
+    progress: Progress | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> int:
     """Measure the memory of models that the profile has, and record them again; returns how many lacked it, or what
-    memory is predicted by, as older lines do."""
+    memory is predicted by, as older lines do. `progress` advances by one a model."""
     if not device.measures:
         return 0
+    show = progress or SilentProgress()
     weighed = 0
     for model in models:
+        show.advance()
         lowered = device.lowered(model)
         record = device.profile.model(lowered.key)
         if record is None or (record.memory_bytes is not None and record.integer_nodes is not None):

@@ -298,7 +298,8 @@ class Forecast:
         order = [plan.key for _, plan in sorted(known, key=lambda entry: (entry[0], entry[1].key))]
         chosen = spread_evenly(order, count)
         show.stage("weighing models", len(chosen))
-        return weigh_models(self.device, (self.bench.structure(self._seen[key][0]) for key in chosen), between=between)
+        models = (self.bench.structure(self._seen[key][0]) for key in chosen)
+        return weigh_models(self.device, models, progress=show, between=between)
 
     def _error(self, plan: Plan) -> float:
         return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).guess_error
@@ -322,6 +323,7 @@ class Forecast:
             records=latency.records,
             error=latency.error,
             worst_error=latency.worst_error,
+            p95_error=latency.p95_error,
             date=datetime.now(timezone.utc).date().isoformat(),
         )
         self.device.profile.add_corrections([record])

@@ -16,7 +16,15 @@ from automl_compress.search.targets import Target
 from automl_compress.techniques.quantization.formats import BITS, Executions
 
 Widths = Mapping[str, tuple[int, ...]]
-"""Kind of layer -> bit-widths."""
+"""Kind of layer ("conv", "transposed conv", "linear") -> bit-widths."""
+
+_TRANSPOSED = "transposed conv"
+# Kind of layer -> which of a profile's operators speak of it, and which executions it has a form for.
+_EXECUTABLE: Mapping[str, tuple[str, frozenset[str]]] = {
+    "conv": ("conv", frozenset({"native", "emulated", "storage"})),
+    _TRANSPOSED: ("conv", frozenset({"storage"})),
+    "linear": ("linear", frozenset({"native", "emulated", "weight-only", "storage"})),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +50,13 @@ def offered_bits(
     """(kind of layer -> bit-widths to offer, kind -> those held back), given how a device runs them.
 
     Bit-widths that make the file smaller and nothing faster (emulated, storage) are held back unless size is limited.
+    Transposed convolutions have no integer kernels: what isn't only stored stays in 32 bits.
     """
     offered: dict[str, tuple[int, ...]] = {}
     held: dict[str, tuple[int, ...]] = {}
-    for kind in ("conv", "linear"):
-        known = {b: e for (k, b), e in executions.items() if k == kind and b in BITS and b != FULL_BITS}
-        usable = {b for b, e in known.items() if not (kind == "conv" and e == "weight-only")}
+    for kind, (operators, executable) in _EXECUTABLE.items():
+        known = {b: e for (k, b), e in executions.items() if k == operators and b in BITS and b != FULL_BITS}
+        usable = {b for b, e in known.items() if e in executable}
         faster = {b for b in usable if size_limited or known[b] in ("native", "weight-only")}
         offered[kind] = tuple(sorted({*faster, FULL_BITS}))
         held[kind] = tuple(sorted(usable - faster))
@@ -66,7 +75,8 @@ def offer(rule: Rule, what: str, target: Target, graph: Graph, bit_widths: Width
         return Offer(options={"always": (True,), "true": (False, True), "false": (False,)}[str(rule.drop).lower()])
     if what == "mask":
         return _masks(rule, name, graph.layer[target.name])
-    kind = graph.layer[target.name].kind
+    layer = graph.layer[target.name]
+    kind = _TRANSPOSED if layer.transposed else layer.kind
     return _bits(rule, name, kind, bit_widths.get(kind, (FULL_BITS,)), held.get(kind, ()))
 
 
@@ -96,7 +106,7 @@ def _bits(rule: Rule, name: str, kind: str, offered: Sequence[int], held: Sequen
         return Offer(options=(rule.bits,))
     wanted = sorted({FULL_BITS, *rule.bits}, reverse=True)
     usable = {*offered, FULL_BITS}
-    has = f"the device has {', '.join(map(str, offered))}"
+    has = f"the device has {', '.join(map(str, offered))} for {kind}"
     storage = "they make the file smaller but nothing faster here, and size is not limited"
     return Offer(
         options=tuple(bits for bits in wanted if bits in usable),

@@ -169,8 +169,8 @@ def layer_bytes(
     for size in layer.kernel:
         weights *= size
     form = format_of(layer.kind, bits, executions)
-    if layer.kind == "conv" and layer.in_axis < layer.out_axis and form == "integer":
-        form, bits = "float", FULL_BITS  # a transposed convolution has no integer kernel, and stays as it is
+    if layer.transposed and form == "integer":
+        form, bits = "float", FULL_BITS  # there is no integer kernel for it, and it stays as it is
     stored, plain_bias = weights * bits / 8, 4 * outputs
     if form == "float":
         return stored + plain_bias

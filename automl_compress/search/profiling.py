@@ -12,7 +12,8 @@ import onnx
 from automl_compress.core.graph import Graph
 from automl_compress.errors import ExportError
 from automl_compress.hardware.device import Device
-from automl_compress.hardware.measure import measure_model
+from automl_compress.hardware.insight import warnings
+from automl_compress.hardware.measure import measure_model, missing_kernels
 from automl_compress.hardware.trust import advice
 from automl_compress.model.task import Task
 from automl_compress.progress import Progress
@@ -32,6 +33,7 @@ class Profiled:
     error, worst_error    |predicted - measured| / measured of plans not measured before: median, largest
     checked         of how many plans; with too few, the errors are None
     quick_error     median error of plans told without lowering them, held against lowered ones that were left out
+    memory_error    median error of the memory of weighed models that were left out
     warnings        why figures may not be trusted, and what to do
     """
 
@@ -47,6 +49,7 @@ class Profiled:
     worst_error: float | None = None
     checked: int = 0
     quick_error: float | None = None
+    memory_error: float | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def profile_network(name: str, forecast: Forecast, progress: Progress, *, effort
     begun = time.monotonic()
     filled = forecast.learn(effort, progress)
     profile = forecast.device.profile
-    latency, _ = forecast.fits()
+    latency, memory = forecast.fits()
     try:
         quick = forecast.surroundings.error
     except ExportError as error:
@@ -92,18 +95,23 @@ def profile_network(name: str, forecast: Forecast, progress: Progress, *, effort
         worst_error=latency.worst_error,
         checked=latency.checked,
         quick_error=quick,
-        warnings=(*profile.warnings, *advice(filled.troubles)),
+        memory_error=memory.error,
+        warnings=(*warnings(profile), *advice(filled.troubles)),
     )
 
 
 def profile_kernels(device: Device, models: Sequence[tuple[str, onnx.ModelProto]], progress: Progress) -> Profiled:
-    """Measure models that show a device many kernels, for networks to come; the first is the others' reference."""
+    """Measure models that show a device many kernels, for networks to come; the first is the others' reference.
+
+    None is weighed: models of a dozen nodes mislead about what a whole network's process takes.
+    """
     begun, profile, troubles, measured = time.monotonic(), device.profile, list[str](), 0
     profile.refresh()
     known = len(profile.kernels)
     progress.stage("measuring standard kernels", len(models))
     for _, model in models:
-        if profile.model(device.lowered(model).key) is None:
+        lowered = device.lowered(model)
+        if profile.model(lowered.key) is None or missing_kernels(profile, lowered.kernels):
             troubles += measure_model(device, model, reference=models[0][1])
             measured += 1
         progress.advance(1, kernels=len(profile.kernels))
@@ -116,5 +124,5 @@ def profile_kernels(device: Device, models: Sequence[tuple[str, onnx.ModelProto]
         known=len(profile.kernels),
         requests=measured,
         seconds=round(time.monotonic() - begun, 1),
-        warnings=(*profile.warnings, *advice(troubles)),
+        warnings=(*warnings(profile), *advice(troubles)),
     )

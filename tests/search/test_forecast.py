@@ -94,6 +94,9 @@ def test_the_correction_and_its_error_are_in_the_profile(learned: Forecast) -> N
     assert record.key == learned.costs.family
     assert record.records == len(learned.device.profile.models)
     assert record.error is not None
+    assert record.p95_error is not None
+    assert record.worst_error is not None
+    assert record.error <= record.p95_error <= record.worst_error
 
 
 def test_a_sketch_has_the_sizes_and_nodes_of_the_plans_model(learned: Forecast) -> None:

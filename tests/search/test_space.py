@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.errors import PlanError, SpaceError
 from automl_compress.search.rules import SpaceFile, load_space
 from automl_compress.search.space import SearchSpace, offered_bits, resolve
-from automl_compress.techniques.quantization.formats import Executions
+from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from tests.search.networks import NATIVE, concatenated, residual, space_of, table_for
 
 
@@ -62,12 +63,25 @@ def test_bits_that_the_device_lacks_are_not_offered_and_noted() -> None:
     assert space.decision["bits.stem"].options == (32, 8)
     assert space.fixed["bits.head"] == 32
     assert space.notes == (
-        "6 conv layers: 4 bits not offered, the device has 8, 32",
-        "1 linear layer: 4 bits not offered, the device has 32",
-        "1 linear layer: 8 bits not offered, the device has 32",
+        "6 conv layers: 4 bits not offered, the device has 8, 32 for conv",
+        "1 linear layer: 4 bits not offered, the device has 32 for linear",
+        "1 linear layer: 8 bits not offered, the device has 32 for linear",
     )
     with pytest.raises(SpaceError, match=r"stem can't be fixed to 4 bits"):
         made(residual(), {"match": {"kind": "layer"}, "bits": 4})
+
+
+def test_a_transposed_convolution_is_offered_what_it_has_a_form_for() -> None:
+    graph = residual()
+    layers = tuple(replace(x, in_axis=0, out_axis=1) if x.name == "widen" else x for x in graph.layers)
+    graph = replace(graph, layers=layers)
+    assert [layer.name for layer in graph.layers if layer.transposed] == ["widen"]
+    rule = {"match": {"kind": "layer", "operator": "conv"}, "bits": [8, 16]}
+    offered, held = offered_bits(DEFAULT_EXECUTIONS, size_limited=True)
+    resolved = resolve(SpaceFile.model_validate({"name": "test", "rules": [rule]}), graph, offered, held)
+    assert resolved.options("bits.widen") == (32, 16)
+    assert resolved.options("bits.stem") == (32, 16, 8)
+    assert resolved.notes == ("1 conv layer: 8 bits not offered, the device has 16, 32 for transposed conv",)
 
 
 def test_sparsities_that_leave_as_many_channels_are_offered_once() -> None:
@@ -223,9 +237,10 @@ def test_bits_that_only_save_bytes_are_offered_where_size_is_limited() -> None:
         ("linear", 16): "storage",
     }
     offered, held = offered_bits(executions, size_limited=False)
-    assert offered == {"conv": (8, 32), "linear": (2, 32)}
-    assert held == {"conv": (4, 16), "linear": (16,)}
-    assert offered_bits(executions, size_limited=True)[0] == {"conv": (4, 8, 16, 32), "linear": (2, 16, 32)}
+    assert offered == {"conv": (8, 32), "transposed conv": (32,), "linear": (2, 32)}
+    assert held == {"conv": (4, 16), "transposed conv": (16,), "linear": (16,)}
+    limited = {"conv": (4, 8, 16, 32), "transposed conv": (16, 32), "linear": (2, 16, 32)}
+    assert offered_bits(executions, size_limited=True)[0] == limited
     rule = {"match": {"kind": "layer"}, "bits": [2, 4, 8]}
     space = resolve(SpaceFile.model_validate({"name": "test", "rules": [rule]}), residual(), offered, held)
     assert space.decision["bits.stem"].options == (32, 8)
