@@ -64,7 +64,8 @@ def measure_variants(
 
     The first variant is the one that all are variants of. Variants with kernels that are unknown
     are measured, and `whole_models` in any case, evenly spread over the list, unless the profile has them; `memories`
-    of those get their memory measured. `between` is called after every measurement; what it raises ends the filling.
+    of those get their memory measured. Nothing is on a stand-in for a device that isn't here. `between` is called after
+    every measurement; what it raises ends the filling.
     Raises DeviceError if measuring fails, ProfileError if the profile is another machine's or can't be written.
     """
     show = progress or SilentProgress()
@@ -73,10 +74,12 @@ def measure_variants(
     distinct: dict[str, onnx.ModelProto] = {}
     for model in variants:
         distinct.setdefault(device.lowered(model).key, model)
-    show.stage("measuring kernels" if device.measures else "pricing kernels", len(distinct))
+    if not device.measures:
+        return Filled()
+    show.stage("measuring kernels", len(distinct))
     before = len(profile.kernels)
     keys = list(distinct)
-    whole = {*keys[:1], *spread_evenly(keys, whole_models)} if device.measures else set()
+    whole = {*keys[:1], *spread_evenly(keys, whole_models)}
     seen: list[str] = []
     timed = 0
     prices: PriceList | None = None

@@ -16,7 +16,7 @@ from automl_compress.hardware.cost import CostModel
 from automl_compress.hardware.device import Device
 from automl_compress.hardware.estimated import EstimatedDevice, device_for
 from automl_compress.hardware.kernels import weight_bytes
-from automl_compress.hardware.measure import measure_variants
+from automl_compress.hardware.measure import Filled, measure_variants
 from automl_compress.hardware.profile import DeviceProfile
 from automl_compress.hardware.remote import link_to
 from automl_compress.hardware.roofline import time_us, work_of
@@ -96,6 +96,7 @@ def test_a_profile_of_another_machine_is_used_without_measuring(device: Device, 
     foreign = DeviceProfile(device.profile.path, replace(FACTS, cpu="Other"))
     with device_for(foreign, launch=SimulatedRuntime) as elsewhere:
         assert isinstance(elsewhere, EstimatedDevice)
+        assert measure_variants(elsewhere, [*models, chain(8, 7, 5, 4)]) == Filled()
         paths = saved(elsewhere, tmp_path, original=models[0], wide=models[2])
         timings = elsewhere.compare(paths)
         assert timings["original"].provenance != "measured"
