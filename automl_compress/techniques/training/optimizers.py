@@ -85,7 +85,8 @@ class Held:
 
 def _parameters(model: nn.Module, training: Training) -> Iterator[tuple[nn.Parameter, bool, int]]:
     """Each parameter, whether weight decay applies to it, and of how many matrices it consists (0: it is none)."""
-    for module in model.modules():
+    # Embeddings first: what is tied to one is what it is, wherever the layer that shares it was defined.
+    for module in sorted(model.modules(), key=lambda module: not isinstance(module, _EMBEDDINGS)):
         exempt = isinstance(module, _NORMS) or type(module).__name__.endswith("Norm")
         exempt = exempt or (isinstance(module, _EMBEDDINGS) and not training.decay_embeddings)
         for name, parameter in module.named_parameters(recurse=False):

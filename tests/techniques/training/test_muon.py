@@ -75,8 +75,8 @@ def test_what_is_no_matrix_steps_as_torchs_sgd(momentum: float) -> None:
 class Many(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.tied = nn.Embedding(5, 4), nn.Linear(4, 5)
-        self.tied.weight = self.words.weight
+        self.before, self.words, self.after = nn.Linear(4, 5), nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.before.weight = self.after.weight = self.words.weight
         self.mixer, self.spread = nn.Conv1d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2)
         self.attention, self.norm = nn.MultiheadAttention(4, 2, add_bias_kv=True), nn.LayerNorm([2, 4])
         self.places = nn.Parameter(torch.randn(1, 3, 4))
