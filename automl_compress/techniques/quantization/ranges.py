@@ -82,7 +82,7 @@ class RangeObserver:
         used = np.flatnonzero(self._counts)
         width = 2 * self._reach / _BINS
         counts = self._counts[used[0] : used[-1] + 1].astype(np.float64)
-        centres = (np.arange(used[0], used[-1] + 1) + 0.5) * width - self._reach
+        centres = ((np.arange(used[0], used[-1] + 1) + 0.5) * width - self._reach).clip(self.low, self.high)
         error = _squared if rule == "mse" else _divergence
         cuts = [(min(self.low, 0.0) * cut, max(self.high, 0.0) * cut) for cut in _CUTS]
         return min(cuts, key=lambda limits: error(counts, centres, *limits))
@@ -101,6 +101,8 @@ def _divergence(counts: Floats, centres: Floats, low: float, high: float) -> flo
     step = (high - low) / _STEPS
     bins = np.clip(np.rint((centres - low) / step), 0, _STEPS).astype(np.int64)
     inside = (centres >= low) & (centres <= high)
+    if not inside.any():
+        return float("inf")  # all values lie together, beyond this cut
     kept = np.where(inside, counts, 0.0)
     filled = (kept > 0).astype(np.float64)
     sums = np.bincount(bins, weights=kept, minlength=_STEPS + 1)

@@ -109,6 +109,16 @@ def test_every_rule_stays_within_what_was_seen(rule: str) -> None:
     assert empty.range(rule) == (0.0, 0.0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_that_are_all_but_constant_have_a_range_that_holds_them(rule: str, sign: int) -> None:
+    observer, values = RangeObserver(), sign * np.array([1.0, 1.0 - 1e-6], np.float32)
+    observer.update(values)
+    low, high = observer.range(rule)  # type: ignore[arg-type]
+    assert abs(low) <= 1 and abs(high) <= 1
+    assert np.allclose(max(abs(low), abs(high)), 1, atol=1e-3)
+
+
 def test_mean_square_cuts_off_what_costs_more_than_it_brings() -> None:
     observer = RangeObserver()
     observer.update(np.random.default_rng(0).normal(size=50_000).astype(np.float32))
