@@ -175,7 +175,8 @@ class Workbench:
 
     def trainable(self, model: nn.Module, plan: Plan, found: Quantization) -> FakeQuantized:
         """The plan's quantized model as one that can be trained. Raises ExportError if an operator prevents it."""
-        return FakeQuantized(self.template.fill(model, plan), _low_bits(plan), found, self.executions)
+        filled = self.template.fill(model, plan)
+        return FakeQuantized(filled, _low_bits(plan), found, self.executions, like=self._answer)
 
     def _calibration_of(self, model: nn.Module, plan: Plan) -> Calibration:
         if not plan.kept and not plan.drop and _same(model, self.teacher):

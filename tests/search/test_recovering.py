@@ -17,8 +17,10 @@ from torch.nn import functional
 from automl_compress import recover
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InputError, PlanError, RunFolderError
-from automl_compress.model.task import accuracy
+from automl_compress.model.task import accuracy, prepare
+from automl_compress.model.trace import trace
 from automl_compress.progress import PlainProgress
+from automl_compress.search.evaluate import Workbench
 from automl_compress.search.recovering import shown_by
 from automl_compress.techniques.training.log import StepReport
 from automl_compress.techniques.training.settings import Training
@@ -106,3 +108,15 @@ def test_loss_and_metric_get_the_outputs_in_the_models_own_container(tmp_path: P
     images, classes = tiny.split(400, 2)
     scores, boxes = map(torch.from_numpy, session.run(None, {session.get_inputs()[0].name: images.numpy()}))
     assert found.metric == pytest.approx(hits({"scores": scores, "boxes": boxes}, classes), abs=1e-5)
+
+
+def test_a_rounded_student_answers_in_the_models_own_container() -> None:
+    torch.manual_seed(0)
+    task = prepare(replace(tiny.task(), model=Detector(), loss=loss, metric=hits))
+    bench = Workbench(task, trace(task.model, task.example_inputs))
+    model, plan = bench.student(Plan(bits={"stem": 8}))
+    rounded = bench.trainable(model, plan, bench.quantization(model, plan))(*task.example_inputs)
+    exact = model(*task.example_inputs)
+    assert rounded.keys() == exact.keys()
+    for name, values in exact.items():
+        torch.testing.assert_close(rounded[name], values, atol=0.02, rtol=0)

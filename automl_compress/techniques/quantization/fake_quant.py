@@ -19,6 +19,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from automl_compress.model.outputs import arranged
 from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, attribute, layer_of
 from automl_compress.techniques.quantization.formats import (
     DEFAULT_EXECUTIONS,
@@ -77,6 +78,7 @@ class FakeQuantized(OnnxModule):
     model  float, as `Template.fill` makes it
     bits   layer -> bit-width
     found  ranges of every value that becomes an integer, and what is known about weights
+    like   what the original returns: outputs come in the same container
 
     `watcher`, if it is set, is told of each layer's name and input, rounded as it is, when the model runs.
 
@@ -89,8 +91,10 @@ class FakeQuantized(OnnxModule):
         bits: Mapping[str, int],
         found: Quantization,
         executions: Executions = DEFAULT_EXECUTIONS,
+        like: Any = None,
     ) -> None:
         super().__init__(with_tensors(model, found.tensors))
+        self._like = like
         self.watcher: Callable[[str, Tensor], None] | None = None
         self.placement = place(self.model, bits, executions)
         self._layers: dict[str, _Layer] = {}
@@ -136,7 +140,7 @@ class FakeQuantized(OnnxModule):
         )
 
     def forward(self, *inputs: Tensor, each: Any = None) -> Any:
-        """The quantized graph's output, or a tuple of them."""
+        """The quantized graph's outputs, in the original's container; by default one alone, or a tuple."""
         plain: dict[str, Any] = dict(zip(self.view.inputs, inputs, strict=True))
         steps: dict[str, Tensor] = {
             name: self._value(name, plain[name]) for name in self.view.inputs if name in self.placement.roots
@@ -161,8 +165,7 @@ class FakeQuantized(OnnxModule):
                         steps[name] = self._value(name, value)
             self.let_go(plain, index)
             self.let_go(steps, index)
-        outputs = tuple(self._float(plain, steps, name) for name in self.view.outputs)
-        return outputs[0] if len(outputs) == 1 else outputs
+        return arranged([self._float(plain, steps, name) for name in self.view.outputs], self._like)
 
     def zeros(self, layers: Iterable[str]) -> dict[str, Tensor]:
         """Parameter -> which of its numbers aren't zero, for the weights of these layers: what a mask left."""
