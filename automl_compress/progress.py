@@ -32,15 +32,19 @@ class Progress(ABC):
         self._clock = clock
         self._begun = self._entered = clock()
         self._stage = ""
-        self._done = 0
+        self._done = self._before = 0
         self._total: int | None = None
         self._deadline: float | None = None
         self._facts: dict[str, Fact] = {}
         self._best = ""
 
-    def stage(self, name: str, total: int | None = None, *, seconds: float | None = None) -> None:
-        """Begin a stage of `total` units (None: not known) that ends after `seconds` at the latest (None: no limit)."""
-        self._stage, self._done, self._total, self._facts = name, 0, total, {}
+    def stage(self, name: str, total: int | None = None, *, seconds: float | None = None, done: int = 0) -> None:
+        """Begin a stage of `total` units (None: not known) that ends after `seconds` at the latest (None: no limit).
+
+        `done` of them were made before, in a time that nobody knows here.
+        """
+        self._stage, self._done, self._total, self._facts = name, done, total, {}
+        self._before = done
         self._entered = self._clock()
         self._deadline = None if seconds is None else self._entered + seconds
         self._show(at_once=True)
@@ -77,8 +81,8 @@ class Progress(ABC):
         """Until the stage ends, from its pace so far and its time limit; None while neither is known."""
         now = self._clock()
         limits = [] if self._deadline is None else [max(0.0, self._deadline - now)]
-        if self._total and 0 < self._done < self._total:
-            pace = (now - self._entered) / self._done
+        if self._total and self._before < self._done < self._total:
+            pace = (now - self._entered) / (self._done - self._before)
             limits.append(pace * (self._total - self._done))
         return min(limits, default=None)
 

@@ -20,7 +20,7 @@ from automl_compress.search.seeds import MILP, UNIFORM
 from automl_compress.search.settings import Settings
 from automl_compress.search.timing import SHARES, Allotment, Costs, TooShort, allot, least, rungs, unlimited
 from automl_compress.techniques.training.data import batches_in
-from automl_compress.techniques.training.log import OnStep, StepReport
+from automl_compress.techniques.training.log import OnStep, StepReport, shown_by
 from automl_compress.techniques.training.settings import Training
 
 _STEPS = 4  # of a training that is only timed
@@ -151,15 +151,13 @@ class Climber:
 
     def _on_step(self, schedule: Training, rung: str, *, guarded: bool) -> OnStep:
         """Shows every step; ends a training of which the time limit wouldn't leave what is to follow."""
-        progress, clock = self.campaign.progress, self.campaign.clock
+        show, clock = shown_by(self.campaign.progress), self.campaign.clock
         guarded = guarded and clock.left is not None
         after = self._costs().delivery(1) if guarded else 0.0
         label = self.recovery.label(rung)
 
         def on_step(report: StepReport) -> None:
-            if report.step == 1:
-                progress.stage(report.label, report.steps)
-            progress.advance(1, **report.facts())
+            show(report)
             if not guarded or report.label != label or not _FORESEEN <= report.step < report.steps:
                 return
             room = (clock.left or 0.0) - after

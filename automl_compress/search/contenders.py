@@ -34,7 +34,7 @@ from automl_compress.techniques.distillation.losses import DEFAULT
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.outputs import named_tensors, require_match
 from automl_compress.techniques.distillation.pairing import pair_by_resolution
-from automl_compress.techniques.training.log import OnStep, StepReport
+from automl_compress.techniques.training.log import OnStep, shown_by
 from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Resources, Training
 
@@ -63,7 +63,7 @@ class Contenders:
                 self._campaign.bench, self._campaign.folder, self._settings.losses, FROM_SCRATCH, contender=SCRATCH
             )
             plan = replace(best.plan, kept={})
-            found.append(recovery.recover(plan, FULL, schedule, self._on_step))
+            found.append(recovery.recover(plan, FULL, schedule, shown_by(self._campaign.progress)))
         if OWN in self.names:
             if not self._own_is_known:
                 self._own, self._own_is_known = self._train_own(of_fresh_weights(schedule)), True
@@ -86,11 +86,6 @@ class Contenders:
         clock.cuts.append(f"no time for students {' and '.join(self.names)}")
         return False
 
-    def _on_step(self, report: StepReport) -> None:
-        if report.step == 1:
-            self._campaign.progress.stage(report.label, report.steps)
-        self._campaign.progress.advance(1, **report.facts())
-
     def _train_own(self, schedule: Training) -> Candidate | None:
         campaign = self._campaign
         campaign.progress.stage("measuring students of the task's own")
@@ -99,7 +94,7 @@ class Contenders:
             campaign.progress.note(f"no student of the task's own fits the budget, down to width {WIDTHS[-1]:g}")
             return None
         width, untrained, plans = chosen
-        model, log, seconds = self._trained(width, untrained, schedule, self._on_step)
+        model, log, seconds = self._trained(width, untrained, schedule, shown_by(self._campaign.progress))
         bench = workbench_of(replace(campaign.bench.task, model=model), campaign.bench)
         recovery = Recovery(bench, campaign.folder, contender=f"{OWN}-{width:g}")
         done = [recovery.recover(plan, FULL, replace(schedule, epochs=0.0)) for plan in plans]

@@ -27,7 +27,7 @@ from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sampler import SAMPLERS
 from automl_compress.search.settings import Settings
 from automl_compress.search.space import SearchSpace, load_space, offered_bits, resolve
-from automl_compress.techniques.training.log import StepReport
+from automl_compress.techniques.training.log import shown_by
 
 
 @contextmanager
@@ -136,13 +136,7 @@ def _transferred(
     folder: RunFolder, task: Task, space: SearchSpace, progress: Progress, *, seed: int
 ) -> tuple[Task, SearchSpace]:
     """The task with a model that was trained on its data, where it names a pretrained one; the report says so."""
-
-    def on_step(report: StepReport) -> None:
-        if report.step == 1:
-            progress.stage(report.label, report.steps)
-        progress.advance(1, **report.facts())
-
-    done, known = transfer_in(folder, task, seed=seed, on_step=on_step)
+    done, known = transfer_in(folder, task, seed=seed, on_step=shown_by(progress))
     if known is None:
         return done, space
     progress.note(in_words(known))

@@ -20,7 +20,7 @@ from automl_compress.search.ladder import FULL, Recovery
 from automl_compress.search.opening import load, task_name
 from automl_compress.search.options import EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
-from automl_compress.techniques.training.log import OnStep, StepReport
+from automl_compress.techniques.training.log import shown_by
 from automl_compress.techniques.training.settings import Training
 
 
@@ -86,17 +86,3 @@ def recover(
         run.write_json("plan.json", plan_file(candidate, bench))
     notes = (*candidate.notes, *filter(None, [scarce]))
     return replace(candidate, onnx=onnx, weights=stored, notes=notes)
-
-
-def shown_by(progress: Progress) -> OnStep:
-    """What shows every step of a training, a stage for each of its parts."""
-    shown: list[str] = []
-
-    def on_step(report: StepReport) -> None:
-        if report.label not in shown[-1:]:
-            shown.append(report.label)
-            progress.stage(report.label, report.steps)
-            progress.advance(report.step - 1)
-        progress.advance(1, **report.facts())
-
-    return on_step

@@ -21,8 +21,7 @@ from automl_compress.model.task import accuracy, prepare
 from automl_compress.model.trace import trace
 from automl_compress.progress import PlainProgress
 from automl_compress.search.evaluate import Workbench
-from automl_compress.search.recovering import shown_by
-from automl_compress.techniques.training.log import StepReport
+from automl_compress.techniques.training.log import StepReport, shown_by
 from automl_compress.techniques.training.settings import Training
 from tests import tiny
 
@@ -66,8 +65,9 @@ def test_what_cannot_be_recovered_is_refused_before_anything_is_trained(tmp_path
 
 
 def test_a_training_that_is_taken_up_is_shown_from_where_it_stood(capsys: pytest.CaptureFixture[str]) -> None:
-    on_step = shown_by(PlainProgress(sys.stdout, every=0.0, clock=lambda: 0.0))
-    for step in (7, 8):
+    seconds = iter(range(100))
+    on_step = shown_by(PlainProgress(sys.stdout, every=0.0, clock=lambda: float(next(seconds))))
+    for step in (7, 8, 7):
         on_step(
             StepReport(
                 label="training", step=step, steps=10, loss=0.5, parts={}, metric=None, learning_rate=0.1,
@@ -75,9 +75,10 @@ def test_a_training_that_is_taken_up_is_shown_from_where_it_stood(capsys: pytest
             )
         )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
-    assert "training 7/10" in lines[-2]
-    assert "training 8/10" in lines[-1]
-    assert lines[-1].endswith("loss 0.5, images per second 100")
+    shown = [line.partition("training ")[2] for line in lines if "loss 0.5, images per second 100" in line]
+    assert [line.split()[0] for line in shown] == ["7/10", "8/10", "7/10"]
+    # What was done before tells nothing of the pace: it is known from the second step that was seen, until one begins anew.
+    assert [" left " in line for line in shown] == [False, True, False]
 
 
 class Detector(nn.Module):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from automl_compress.progress import Progress
+
 _POINTS = 200
 
 
@@ -37,6 +39,22 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
+
+
+def shown_by(progress: Progress) -> OnStep:
+    """What shows every step of trainings that follow each other, a stage for each, also where one is taken up in its
+    middle."""
+    label, last = "", 0
+
+    def on_step(report: StepReport) -> None:
+        nonlocal label, last
+        begins = report.label != label or report.step <= last
+        if begins:
+            progress.stage(report.label, report.steps, done=report.step)
+        label, last = report.label, report.step
+        progress.advance(0 if begins else 1, **report.facts())
+
+    return on_step
 
 
 @dataclass(frozen=True, kw_only=True)
