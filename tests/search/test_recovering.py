@@ -77,7 +77,7 @@ def test_a_training_that_is_taken_up_is_shown_from_where_it_stood(capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     shown = [line.partition("training ")[2] for line in lines if "loss 0.5, images per second 100" in line]
     assert [line.split()[0] for line in shown] == ["7/10", "8/10", "7/10"]
-    # What was done before tells nothing of the pace: it is known from the second step that was seen, until one begins anew.
+    # What was done before tells nothing of the pace, which is known from the second step that was seen.
     assert [" left " in line for line in shown] == [False, True, False]
 
 

@@ -114,7 +114,8 @@ class _Run:
         self.gradients = Gradients(
             student, objective, self.placement, self.processes, parameters, self.held, training.clip
         )
-        self.keeper = Keeper(student, average, validate, training)
+        agreed = None if validate is None else lambda model: self.processes.mean(validate(model))
+        self.keeper = Keeper(student, average, agreed, training)
         self.generators = randomness.generators_in(task.train)
         self.batches = Batches(task, self.generators)
         self.steps = max(1, round(training.epochs * self.batches.length))
@@ -140,6 +141,7 @@ class _Run:
                 f"stopped at step {self.step} of {self.steps}: validation found nothing better for a while"
             )
         delivered, metric = self.keeper.deliver()
+        self.processes.average(self.trained.floats())
         self.optimizer.zero_grad(set_to_none=True)
         self.student.to(self.home)
         self.student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -179,6 +181,7 @@ class _Run:
             self.recorder.step(self.step, loss, learning_rate)
         if self.validating and (self.step % self.validating == 0 or self.step == self.steps):
             before = randomness.capture(self.generators)
+            self.processes.average(self.trained.floats())
             self.keeper.look(last=self.step == self.steps)
             randomness.restore(before, self.generators)  # validating draws nothing from what training draws from
             assert self.keeper.metric is not None

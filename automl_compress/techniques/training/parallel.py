@@ -1,8 +1,9 @@
 """Training in several processes, a GPU each: every process reads the same batches and computes its part of them.
 
 Gradients, losses, the statistics of batch-norms and what the objective remembers are averaged after every step, and all
-compute in pieces of one size, so that the processes stay equal. They are started and connected by
-Hugging Face's accelerate (`accelerate launch`), an optional extra.
+compute in pieces of one size, so that the processes stay equal but for rounding, which kernels may do differently from
+one process to the other. So weights and metrics are averaged, too, wherever something is decided and in the end. They
+are started and connected by Hugging Face's accelerate (`accelerate launch`), an optional extra.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ class Processes:
             flat = self._accelerator.reduce(torch.cat([tensor.reshape(-1) for tensor in alike]), reduction="mean")
             for tensor, mean in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(mean.view(tensor.shape))
+
+    def mean(self, value: float | Tensor) -> float:
+        """The mean of the processes' values."""
+        if self.count > 1:
+            mean = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
+            self.average([mean])
+            value = mean
+        return float(value)
 
     def least(self, value: int) -> int:
         """The smallest of the processes' values."""

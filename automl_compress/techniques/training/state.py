@@ -26,6 +26,10 @@ class Trained:
             self._parts["average"] = average.state
         self._optimizer, self._average = optimizer, average
 
+    def floats(self) -> list[Tensor]:
+        """All weights and statistics, sharing memory with what is trained."""
+        return [v for named in self._parts.values() for v in named.values() if v.is_floating_point()]
+
     def copy(self) -> Tensors:
         """Copies of everything on the processor, by name."""
         found = {f"{part}.{name}": kept(v) for part, named in self._parts.items() for name, v in named.items()}

@@ -57,7 +57,7 @@ class Gradients:
         for piece in pieces:
             share = len(piece[1]) / len(batch[1])
             loss = self._loss(piece)
-            value = self._mean(loss.total.detach())
+            value = self._processes.mean(loss.total.detach())
             total += share * value
             for name, part in loss.parts.items():
                 parts[name] = parts.get(name, 0.0) + share * float(part)
@@ -77,11 +77,6 @@ class Gradients:
         loss = self._loss(batch)
         with _explained(batch):
             loss.total.backward()  # type: ignore[no-untyped-call]
-
-    def _mean(self, value: Tensor) -> float:
-        if self._processes.count > 1:
-            self._processes.average([value := value.clone()])
-        return float(value)
 
     def _loss(self, batch: Batch) -> Loss:
         with _explained(batch), self._placement.computing(self._student), self._placement.autocast():
