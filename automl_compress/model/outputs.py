@@ -63,7 +63,7 @@ def require_loss(loss: Any) -> Tensor:
     return loss
 
 
-def checked_forward(model: nn.Module, inputs: tuple[Tensor, ...], what: str) -> Any:
+def checked_forward(model: nn.Module, inputs: tuple[Tensor, ...], what: str, *, who: str = "the model") -> Any:
     """The model's outputs in eval mode. Raises TaskError, which says what the inputs are, where it fails on them."""
     training = model.training
     model.eval()
@@ -73,7 +73,7 @@ def checked_forward(model: nn.Module, inputs: tuple[Tensor, ...], what: str) -> 
     except Exception as error:
         shapes = ", ".join(str(tuple(part.shape)) for part in inputs)
         raise TaskError(
-            f"task: the model's forward fails on {what} {shapes}: "
+            f"task: {who}'s forward fails on {what} {shapes}: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
     finally:

@@ -54,6 +54,8 @@ class Task:
     example_inputs  one batch of inputs to trace with; the first validation batch by default
     train_loop      a training loop to use instead of the program's own, called with a
                     `techniques.training.own_loop.Work`; it trains `work.model` in place
+    teacher         what students learn from in the model's place, if anything: any module with the model's outputs,
+                    trained, put into eval mode. Features are compared with the model's all the same
     student         student(width) -> an untrained network of your own, which competes with what is cut from the model;
                     in a task file a function `student` beside `task`
     transfer        the model was trained for other classes: what it needs before it is the teacher of these
@@ -67,6 +69,7 @@ class Task:
     metric: Metric | None = None
     example_inputs: Any = None
     train_loop: Callable[[Any], Any] | None = None
+    teacher: nn.Module | None = None
     student: Callable[[float], nn.Module] | None = None
     transfer: Transfer | None = None
 
@@ -139,6 +142,8 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
         raise TaskError(f"task: model must be a torch.nn.Module, found {type(task.model).__name__}")
     if task.train_loop is not None and not callable(task.train_loop):
         raise TaskError(f"task: train_loop must be callable, found {type(task.train_loop).__name__}")
+    if task.teacher is not None and not isinstance(task.teacher, nn.Module):
+        raise TaskError(f"task: teacher must be a torch.nn.Module, found {type(task.teacher).__name__}")
     if task.student is not None and not callable(task.student):
         raise TaskError(f"task: student must be a function student(width), found {type(task.student).__name__}")
     if weights is not None:
@@ -335,6 +340,8 @@ def _check_loss(task: Task) -> None:
     inputs, targets = _first(task, "train")
     outputs = checked_forward(task.model, inputs, "the first train input")
     loss = require_loss(task.loss_of(tree_map_only(Tensor, _differentiable, outputs), targets))
+    if not torch.isfinite(loss):
+        raise TaskError(f"the task's loss is {loss.item()} on the first train batch: check the loss and the data")
     if not loss.requires_grad:
         raise TaskError("the task's loss has no gradient: compute it from the outputs, without detach() or item()")
 

@@ -23,7 +23,15 @@ from automl_compress.hardware.timer import ratio
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task
 from automl_compress.model.trace import trace
-from automl_compress.recovery.students import OWN, SCRATCH, WIDTHS, of_fresh_weights, parse_students, require_own
+from automl_compress.recovery.students import (
+    OWN,
+    SCRATCH,
+    WIDTHS,
+    answers,
+    of_fresh_weights,
+    parse_students,
+    require_own,
+)
 from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
@@ -32,7 +40,7 @@ from automl_compress.search.ladder import FULL, Recovery
 from automl_compress.search.settings import Settings
 from automl_compress.techniques.distillation.losses import DEFAULT
 from automl_compress.techniques.distillation.objective import Distillation
-from automl_compress.techniques.distillation.outputs import named_tensors, require_match
+from automl_compress.techniques.distillation.outputs import require_match
 from automl_compress.techniques.distillation.pairing import pair_by_resolution
 from automl_compress.techniques.training.log import OnStep, shown_by
 from automl_compress.techniques.training.loop import train
@@ -145,7 +153,7 @@ class Contenders:
             log = train(
                 student,
                 task,
-                Distillation(task, teacher, losses, pairs),
+                Distillation(task, task.teacher or teacher, losses, pairs, original=teacher),
                 schedule,
                 seed=campaign.seed,
                 validate=validation_metric(task),
@@ -178,14 +186,7 @@ def make_student(task: Task, width: float, seed: int) -> nn.Module:
     if not isinstance(student, nn.Module):
         raise TaskError(f"task: student({width:g}) must return a torch.nn.Module, found {type(student).__name__}")
     student = student.cpu().float()
-    with torch.no_grad():
-        wanted = named_tensors(copy_model(task.model).eval()(*task.example_inputs))
-        try:
-            found = named_tensors(student.eval()(*task.example_inputs))
-        except Exception as error:
-            first = str(error).partition("\n")[0]
-            raise TaskError(f"task: student({width:g}) fails on the example input: {first}") from error
-    require_match(found, wanted)
+    require_match(answers(student, task, f"student({width:g})"), answers(task.model, task, "the model"))
     return student
 
 

@@ -8,10 +8,12 @@ from automl_compress.model.task import Task
 
 
 def digest_of(task: Task) -> str:
-    """Identifies the trained model and how much validation data there is; its order may differ from run to run."""
+    """Identifies the trained model, and whatever else students learn from, and how much validation data there is; its
+    order may differ from run to run."""
     digest = hashlib.sha256()
-    for name, value in sorted(task.model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    for model in filter(None, (task.model, task.teacher)):
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     if task.transfer is not None:
         digest.update(repr(task.transfer).encode())
     digest.update(str(len(task.validation) if hasattr(task.validation, "__len__") else None).encode())

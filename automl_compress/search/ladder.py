@@ -165,9 +165,11 @@ class Recovery:
         )
 
     def label(self, rung: str) -> str:
-        """A training's name. It says what is learned where that isn't the default: a checkpoint of other losses is
-        another training's."""
-        what = "" if str(self._losses) == DEFAULT else f" ({self._losses})"
+        """A training's name. It says what is learned and how where that isn't the default: a checkpoint of other
+        losses, or of another mode, is another training's."""
+        told = {str(self._losses): DEFAULT, self._mode_at(rung): DEFAULT_MODE}
+        other = ", ".join(what for what, default in told.items() if what != default)
+        what = f" ({other})" if other else ""
         return f"{f'{self._contender}, ' if self._contender else ''}{rung} distillation{what}"
 
     def time_steps(self, steps: int, schedule: Training, on_step: OnStep) -> None:
@@ -191,7 +193,8 @@ class Recovery:
         if losses.features and not pairs and str(losses) == DEFAULT:  # nobody has asked for features by name
             losses = losses.without_features()
         self.cache.begin(samples_per_epoch(bench.task))
-        return Distillation(bench.task, bench.teacher, losses, pairs, self.cache)
+        teacher = bench.task.teacher or bench.teacher
+        return Distillation(bench.task, teacher, losses, pairs, self.cache, original=bench.teacher)
 
     def _unrounded(self, model: nn.Module, plan: Plan) -> float:
         """The metric on validation data before quantization; training with rounding can win back what lies between."""

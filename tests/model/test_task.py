@@ -199,6 +199,7 @@ def test_a_metric_that_is_not_a_number_is_refused() -> None:
         (lambda o, t: nn.functional.cross_entropy(o, t, reduction="none"), ("scalar", "(10,)")),
         (lambda o, t: 1.0, ("scalar", "float")),
         (lambda o, t: nn.functional.cross_entropy(o, t).detach(), ("no gradient", "detach")),
+        (lambda o, t: nn.functional.cross_entropy(o, t).log().mul(float("nan")), ("loss is nan", "first train batch")),
         (lambda o, t: o["logits"].sum(), ("loss <lambda> raised", "targets (10,)")),
     ],
 )

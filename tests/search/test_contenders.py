@@ -149,7 +149,7 @@ def test_where_none_fits_nothing_is_trained(
     [
         (lambda width: 1 / 0, r"student\(0.5\) raised ZeroDivisionError"),
         (lambda width: "net", r"student\(0.5\) must return a torch.nn.Module, found str"),
-        (lambda width: nn.Linear(3, 3), r"student\(0.5\) fails on the example input"),
+        (lambda width: nn.Linear(3, 3), r"student\(0.5\)'s forward fails on the example input"),
         (
             lambda width: nn.Sequential(nn.Flatten(), nn.Linear(64, 9)),
             r"differ in shape: output: \(128, 4\) and \(128, 9\)",

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from automl_compress import recover
 from automl_compress.core.plan import Plan
-from automl_compress.errors import InputError, PlanError, RunFolderError
+from automl_compress.errors import CompressError, InputError, PlanError, RunFolderError
 from automl_compress.model.task import accuracy, prepare
 from automl_compress.model.trace import trace
 from automl_compress.progress import PlainProgress
@@ -37,7 +38,7 @@ def test_a_plan_is_recovered_in_a_mode_and_its_files_recover_it_again(tmp_path: 
         "plan.json",
     }
     onnx.checker.check_model(onnx.load(found.onnx))
-    assert {record["label"].partition(",")[0] for record in found.training} >= {"full distillation"}
+    assert {record["label"].partition(",")[0] for record in found.training} >= {"full distillation (gradual)"}
     again = recover(tiny.task(), tmp_path / "a" / "plan.json", epochs=0, output=tmp_path / "b")
     assert again.plan.kept == found.plan.kept
     assert recover(tiny.task(), PLAN, mode="gradual", epochs=2, output=tmp_path / "a").metric == found.metric
@@ -49,6 +50,38 @@ def test_settings_of_the_training_are_ones_own_and_validation_stops_it(tmp_path:
     (log,) = found.training
     assert len(log["metrics"]) >= 2
     assert log["metric"] == max(metric for _, metric in log["metrics"])
+
+
+class Stubborn(nn.Module):
+    """Says the same of everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scores", torch.tensor([8.0, 0.0, 0.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores.expand(len(x), -1)
+
+
+def test_a_teacher_of_the_tasks_own_is_learned_from(tmp_path: Path) -> None:
+    task, plan = replace(tiny.task(), teacher=Stubborn()), Plan(sparsity={"down": 0.5})
+    task.validation[1][:] = 0  # what it says is right here
+    assert recover(task, plan, epochs=20, distillation="soft=1+task=0", output=tmp_path / "a").metric > 0.9
+    with pytest.raises(RunFolderError, match="its task is"):
+        recover(replace(task, teacher=None), plan, epochs=20, output=tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told"),
+    [
+        (3, "teacher must be a torch.nn.Module, found int"),
+        (nn.Linear(3, 3), "the teacher's forward fails on the example input"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), r"differ in shape: output: \(128, 9\) and \(128, 4\)"),
+    ],
+)
+def test_a_teacher_that_answers_otherwise_is_refused(teacher: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match=told):
+        recover(replace(tiny.task(), teacher=teacher), PLAN, output=tmp_path / "a")
 
 
 def test_what_cannot_be_recovered_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

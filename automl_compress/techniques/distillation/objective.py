@@ -49,6 +49,7 @@ class Distillation:
 
     pairs  features to compare, for losses that do
     cache  of this teacher's answers, shared by trainings one after another; none by default
+    original  whose features are compared, by default the teacher's
 
     Calling it raises TrainingError where they don't match, and TaskError for a loss that is no scalar or labels that
     are out of range.
@@ -61,18 +62,23 @@ class Distillation:
         losses: Losses | None = None,
         pairs: Sequence[Pair] = (),
         cache: AnswerCache | None = None,
+        *,
+        original: nn.Module | None = None,
     ) -> None:
         self.task, self.losses = task, losses or Losses()
         self._pairs = tuple(pairs) if self.losses.features else ()
         if self.losses.features and not pairs:
             raise TrainingError(f"distillation loss {self.losses.features[0]} has nothing to compare: {_ON_OUTPUTS}")
-        self._teacher = Teacher(teacher, [pair.teacher for pair in self._pairs], cache)
+        layers = [pair.teacher for pair in self._pairs]
+        apart = original is not None and original is not teacher and bool(layers)
+        self._teacher = Teacher(teacher, () if apart else layers, cache)
+        self._original = Teacher(original, layers) if original is not None and apart else None
         automatic = [name for name, weight in self.losses.weights.items() if weight is None]
         self._balance = Balance([name for name in automatic if name not in (SOFT, TASK)])
         self._adapters = nn.ModuleList(
             nn.Identity() if pair.widths is None else nn.Linear(*pair.widths) for pair in self._pairs
         )
-        self._padding = padding_input(teacher)
+        self._padding = padding_input(teacher if original is None else original)
         self._label_losses = _label_losses(self.losses)
 
     def modules(self) -> nn.Module | None:
@@ -86,6 +92,7 @@ class Distillation:
             inputs, whole = mixed(inputs, self.losses.mixed)
         # The teacher first: what it takes is free again before the student's activations are kept.
         teacher = self._teacher(inputs, unique=len(targets) - whole) if self.losses.needs_teacher else Answers()
+        wanted = (teacher if self._original is None else self._original(inputs)).features
         with layer_inputs(student, [pair.student for pair in self._pairs]) as features:
             outputs = student(*inputs)
         counted = None if self._padding is None or self._padding >= len(inputs) else inputs[self._padding]
@@ -97,7 +104,7 @@ class Distillation:
         if compare is not None:
             values |= {name: compare(name) for name in self.losses.labels}
             for name in self.losses.features:
-                values[name] = self._on_features(name, features, teacher.features, counted)
+                values[name] = self._on_features(name, features, wanted, counted)
             if self._balance.measuring and student.training and torch.is_grad_enabled():
                 unit = values[SOFT] if SOFT in values else compare(SOFT)
                 trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

@@ -120,6 +120,17 @@ def test_a_student_like_its_teacher_has_no_loss(losses: str) -> None:
     assert float(loss.total.detach()) == pytest.approx(0, abs=1e-6)
 
 
+def test_outputs_are_learned_from_any_teacher_and_features_from_the_original() -> None:
+    pairs, original = pair_layers(GRAPH, PLAN, TASK.model), tiny.teacher()
+    student = apply_plan(TASK.model, GRAPH, PLAN).eval()
+    for teacher in (tiny.teacher(seed=1), nn.Sequential(nn.Flatten(), nn.Linear(64, tiny.CLASSES))):
+        both = Distillation(TASK, teacher, parse_losses("soft+features"), pairs, original=original)(student, BATCH)
+        assert both.parts["features"] == objective("features")(student, BATCH).parts["features"]
+        alone = Distillation(TASK, teacher, parse_losses("soft"))(student, BATCH)
+        assert both.parts["soft"] == alone.parts["soft"]
+        assert both.parts["soft"] != objective("soft")(student, BATCH).parts["soft"]
+
+
 @pytest.mark.parametrize("losses", ["soft+features", "soft+attention", "features+task=0"])
 def test_a_cut_student_comes_nearer_to_its_teachers_features(losses: str) -> None:
     student = apply_plan(TASK.model, GRAPH, PLAN).train()
