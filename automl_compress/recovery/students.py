@@ -1,16 +1,11 @@
-"""Students that compete with the one that inherits the teacher's weights; students and teachers of the user's own."""
+"""Students that compete with the one that inherits the teacher's weights, and students of the user's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import Tensor, nn
-
 from automl_compress.errors import InputError
-from automl_compress.model.outputs import checked_forward
-from automl_compress.model.task import Task
-from automl_compress.techniques.distillation.outputs import named_tensors
 from automl_compress.techniques.training.settings import Training
 
 INHERITED, SCRATCH, OWN = "inherited", "scratch", "own"
@@ -49,8 +44,3 @@ def require_own(factory: Callable[..., object] | None) -> None:
             "students 'own': the task has none; define student(width) beside task() in the task file, or give "
             "Task(student=...)"
         )
-
-
-def answers(network: nn.Module, task: Task, what: str) -> dict[str, Tensor]:
-    """The named outputs of a network for the task's example input. Raises TaskError where it fails."""
-    return named_tensors(checked_forward(network, task.example_inputs, "the example input", who=what))

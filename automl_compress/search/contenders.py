@@ -23,15 +23,7 @@ from automl_compress.hardware.timer import ratio
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task
 from automl_compress.model.trace import trace
-from automl_compress.recovery.students import (
-    OWN,
-    SCRATCH,
-    WIDTHS,
-    answers,
-    of_fresh_weights,
-    parse_students,
-    require_own,
-)
+from automl_compress.recovery.students import OWN, SCRATCH, WIDTHS, of_fresh_weights, parse_students, require_own
 from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate
@@ -40,7 +32,7 @@ from automl_compress.search.ladder import FULL, Recovery
 from automl_compress.search.settings import Settings
 from automl_compress.techniques.distillation.losses import DEFAULT
 from automl_compress.techniques.distillation.objective import Distillation
-from automl_compress.techniques.distillation.outputs import require_match
+from automl_compress.techniques.distillation.outputs import answers, require_match
 from automl_compress.techniques.distillation.pairing import pair_by_resolution
 from automl_compress.techniques.training.log import OnStep, shown_by
 from automl_compress.techniques.training.loop import train

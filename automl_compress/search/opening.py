@@ -16,7 +16,7 @@ from automl_compress.hardware.remote import link_to
 from automl_compress.model.task import Task, load_task, prepare, require_task_file, scarcity
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
-from automl_compress.recovery.students import OWN, answers, parse_students, require_own
+from automl_compress.recovery.students import OWN, parse_students, require_own
 from automl_compress.recovery.transfer import in_words, transfer_in
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.evaluate import Workbench
@@ -27,7 +27,7 @@ from automl_compress.search.rules import SpaceFile
 from automl_compress.search.sampler import SAMPLERS
 from automl_compress.search.settings import Settings
 from automl_compress.search.space import SearchSpace, load_space, offered_bits, resolve
-from automl_compress.techniques.distillation.outputs import require_match
+from automl_compress.techniques.distillation.outputs import answers, require_match
 from automl_compress.techniques.training.log import shown_by
 
 

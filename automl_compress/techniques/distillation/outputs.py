@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from automl_compress.errors import TrainingError
+from automl_compress.model.outputs import checked_forward
+from automl_compress.model.task import Task
 
 # Keys under which Hugging Face's models return more than their answer.
 _INSIDE = {
@@ -48,6 +50,11 @@ def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for index, part in enumerate(value):
             yield from _walk(part, f"{name}[{index}]" if name else f"output {index}")
+
+
+def answers(network: nn.Module, task: Task, who: str) -> dict[str, Tensor]:
+    """The named outputs of a network for the task's example input. Raises TaskError where it fails."""
+    return named_tensors(checked_forward(network, task.example_inputs, "the example input", who=who))
 
 
 def require_match(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
