@@ -58,6 +58,7 @@ def compress(
     sampler: str = Options.sampler,
     distillation: str = Options.distillation,
     recovery: str = Options.recovery,
+    training: str = Options.training,
     students: str | None = Options.students,
     baselines: str = Options.baselines,
     weights: str | Path | None = Options.weights,
@@ -82,6 +83,7 @@ def compress(
     trials    one-shot trials (default 100); `epochs`: of the final distillation (default 3, 0 trains nothing)
     distillation   what candidates learn from the original, names joined by '+', as `distillation.losses` says
     recovery  how they are trained in the end, as `recovery.names` says
+    training  settings of the training loop, fields of `training.settings.Training`: 'optimizer=adamw,average=0.999'
     students  who competes with them in the end, joined by '+': 'scratch' (the best plan's structure from fresh
               weights), 'own' (the task's student(width); the default where the task has one), or 'inherited' alone
     baselines what the search has to beat is evaluated and trained a little ('quick'), as often as the search and all

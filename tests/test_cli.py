@@ -84,21 +84,24 @@ def test_recover_passes_every_option_on_and_tells_what_came_of_it(capsys: pytest
         notes=("slow",),
     )
     api = FakeApi(found)
-    line = "recover a/task.py p.json --mode gradual --epochs 2 --distillation soft+dist --seed 3 -o out -q"
-    assert main(line.split(), api=api) == 0
+    line = (
+        "recover a/task.py p.json --mode gradual --epochs 2 --distillation soft+dist --training clip=1 --seed 3 -o out"
+    )
+    assert main([*line.split(), "-q"], api=api) == 0
     [(name, args, options)] = api.calls
     assert (name, args) == ("recover", ("a/task.py", Path("p.json")))
     assert isinstance(options.pop("progress"), SilentProgress)
     assert options == {
         "mode": "gradual",
         "epochs": 2.0,
+        "training": "clip=1",
         "distillation": "soft+dist",
         "seed": 3,
         "weights": None,
         "output": Path("out"),
     }
     assert capsys.readouterr().out == "out/r.onnx: 0.9100 on validation data\nslow\n"
-    assert main([*line.split(), "--json"], api=api) == 0
+    assert main([*line.split(), "-q", "--json"], api=api) == 0
     assert json.loads(capsys.readouterr().out)["metric"] == 0.91
 
 
@@ -113,7 +116,8 @@ def test_search_passes_every_option_on() -> None:
         "search a/task.py:make --latency 40% --size 300KB --memory 2MB -o out --profile p --space s --trials 7 "
         "--device ssh://pi@board:2222 "
         "--epochs 2 --timeout 30m --seed 3 --sampler TPESampler --distillation soft+dist=2 --baselines full "
-        "--recovery gradual --students scratch+own --weights w.pt --storage sqlite:///x.db --quiet"
+        "--recovery gradual --training optimizer=sgd --students scratch+own --weights w.pt "
+        "--storage sqlite:///x.db --quiet"
     )
     assert main(line.split(), api=api) == 0
     [(name, args, options)] = api.calls
@@ -135,6 +139,7 @@ def test_search_passes_every_option_on() -> None:
         "distillation": "soft+dist=2",
         "baselines": "full",
         "recovery": "gradual",
+        "training": "optimizer=sgd",
         "students": "scratch+own",
         "weights": Path("w.pt"),
         "storage": "sqlite:///x.db",
@@ -219,6 +224,7 @@ def test_defaults() -> None:
         "distillation": "soft+features",
         "baselines": "quick",
         "recovery": "fine-tune",
+        "training": "",
     }
 
 
@@ -292,6 +298,8 @@ def test_bad_budgets_are_one_line_before_anything_begins(latency: str, capsys: p
         ("search t.py --latency 40% --timeout soon", "--timeout 'soon'"),
         ("worker t.py --latency 40%", "--storage"),
         ("search t.py --latency 40% --recovery slow", "'slow' is unknown; choose one of fine-tune, gradual"),
+        ("search t.py --latency 40% --training optimizer=adam", "optimizer must be one of muon, sgd, adamw"),
+        ("recover t.py p.json --training patience=soon", "patience must be a whole number, found 'soon'"),
         ("search t.py --latency 40% --distillation soft+sft", "'sft'; there are: soft, logit"),
         ("show", "Missing argument"),
         ("show /no/such/run", "no such run folder"),

@@ -20,6 +20,10 @@ Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", he
 Device = Annotated[
     str, typer.Option(metavar="WHERE", help="Where to measure: local, or ssh://[user@]host[:port][?python=PATH].")
 ]
+Training = Annotated[
+    str,
+    typer.Option(metavar="SETTINGS", help="Of the training loop: optimizer=adamw,average=0.999."),
+]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress display.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")]

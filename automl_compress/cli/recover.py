@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from automl_compress.cli.action import Action
-from automl_compress.cli.options import Debug, Json, Output, Quiet, Task, Weights
+from automl_compress.cli.options import Debug, Json, Output, Quiet, Task, Training, Weights
 from automl_compress.cli.output import display, print_result, stdout_to_stderr
 from automl_compress.recovery.names import DEFAULT_MODE, NAMES, check_mode
 from automl_compress.search.options import EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
+from automl_compress.techniques.training.settings import parse_training
 
 commands = typer.Typer()
 _MODES = "; ".join(f"{name}: {words}" for name, words in NAMES.items())
@@ -27,6 +28,7 @@ def _recover(
     mode: Annotated[str, typer.Option(metavar="MODE", help=_MODES)] = DEFAULT_MODE,
     epochs: Annotated[float, typer.Option(metavar="N", min=0, help="Epochs of all stages together.")] = EPOCHS,
     distillation: Annotated[str, typer.Option(metavar="LOSSES", help="What is learned, as for search.")] = DEFAULT,
+    training: Training = "",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of everything that is random.")] = 0,
     weights: Weights = None,
     output: Output = None,
@@ -37,6 +39,7 @@ def _recover(
     def run(api: Any) -> int:
         check_mode(mode)
         parse_losses(distillation)
+        parse_training(training, epochs=epochs)
         with stdout_to_stderr(), display(quiet) as progress:
             api = api or import_module("automl_compress.search.recovering")
             found = api.recover(
@@ -44,6 +47,7 @@ def _recover(
                 plan,
                 mode=mode,
                 epochs=epochs,
+                training=training,
                 distillation=distillation,
                 seed=seed,
                 weights=weights,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from automl_compress.cli.action import Action
-from automl_compress.cli.options import Debug, Device, Json, Output, Quiet, Run, Task, Weights, parse_seconds
+from automl_compress.cli.options import Debug, Device, Json, Output, Quiet, Run, Task, Training, Weights, parse_seconds
 from automl_compress.cli.output import display, fail, print_result, stdout_to_stderr
 from automl_compress.core.budget import parse_budget
 from automl_compress.core.goal import parse_aim
@@ -20,8 +20,9 @@ from automl_compress.errors import InputError
 from automl_compress.recovery.names import NAMES as MODES
 from automl_compress.recovery.names import check_mode
 from automl_compress.recovery.students import parse_students
-from automl_compress.search.options import Options
+from automl_compress.search.options import EPOCHS, Options
 from automl_compress.techniques.distillation.losses import MIXED, NAMES, parse_losses
+from automl_compress.techniques.training.settings import parse_training
 
 EXIT_CODES = {"met": 0, "infeasible": 3, "estimated": 4, "interrupted": 130}
 
@@ -68,6 +69,7 @@ def _search(
     recovery: Annotated[
         str, typer.Option(metavar="MODE", help=f"How finalists are trained: {', '.join(MODES)}.")
     ] = Options.recovery,
+    training: Training = Options.training,
     max_failed: Annotated[
         float, typer.Option(metavar="SHARE", min=0, max=1, help="Stop when a larger share of the trials failed.")
     ] = Options.max_failed,
@@ -89,6 +91,7 @@ def _search(
     def run(api: Any) -> int:
         parse_losses(distillation)
         check_mode(recovery)
+        parse_training(training, epochs=EPOCHS)
         parse_students(students)
         aim = parse_aim(max_drop, min_metric, front, minimise)
         parse_budget(latency, size, memory, required=aim is None)
@@ -113,6 +116,7 @@ def _search(
             "max_failed": max_failed,
             "distillation": distillation,
             "recovery": recovery,
+            "training": training,
             "students": students,
             "baselines": baselines,
             "weights": weights,

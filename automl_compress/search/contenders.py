@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from safetensors.torch import load_file, save
@@ -133,7 +133,7 @@ class Contenders:
         """The student of a width, trained against the teacher, from the run folder if it is there."""
         campaign, losses = self._campaign, self._settings.losses
         teacher, task, folder = campaign.bench.teacher, campaign.bench.task, campaign.folder
-        name, what = f"candidates/{OWN}-{width:g}", {"epochs": schedule.epochs, "distillation": str(losses)}
+        name, what = f"candidates/{OWN}-{width:g}", {"settings": asdict(schedule), "distillation": str(losses)}
         student = copy_model(untrained.teacher)
         known = folder.read_json(f"{name}.json")
         if known is None or known["what"] != what:

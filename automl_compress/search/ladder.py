@@ -7,7 +7,7 @@ nothing twice.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from safetensors.torch import save
@@ -25,7 +25,7 @@ from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.candidate import Candidate
 from automl_compress.search.evaluate import Workbench
 from automl_compress.techniques.distillation.cache import AnswerCache
-from automl_compress.techniques.distillation.losses import DEFAULT, SOFT, Losses, parse_losses
+from automl_compress.techniques.distillation.losses import DEFAULT, Losses, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.distillation.teacher import samples_per_epoch
@@ -60,10 +60,11 @@ class Recovery:
         mode: str = DEFAULT_MODE,
         *,
         contender: str = "",
+        resources: Resources | None = None,
     ) -> None:
         self._bench, self._folder, self._mode = bench, folder, check_mode(mode)
         self._losses = losses or parse_losses(DEFAULT)
-        self._contender = contender
+        self._contender, self._resources = contender, resources or Resources()
         self.cache = AnswerCache()
 
     def has(self, plan: Plan, rung: str, schedule: Training) -> bool:
@@ -122,6 +123,7 @@ class Recovery:
             "training": list(training),
             "seconds": seconds,
             "epochs": schedule.epochs,
+            "settings": asdict(schedule),
             "distillation": str(self._losses),
             "recovery": self._mode_at(rung),
         }
@@ -158,7 +160,7 @@ class Recovery:
             objective=self._objective,
             training=schedule,
             seed=bench.seed,
-            resources=Resources(checkpoint=self._folder.file(*f"{name}.training".split("/"))),
+            resources=replace(self._resources, checkpoint=self._folder.file(*f"{name}.training".split("/"))),
             on_step=on_step,
             label=self.label(rung),
             validate=validation_metric(bench.task) if schedule.average or schedule.patience else None,
@@ -234,8 +236,9 @@ class Recovery:
         record: dict[str, Any] | None = self._folder.read_json(f"{name}.json")
         if record is None or record.get("epochs") != schedule.epochs:
             return None
-        known = {"distillation": SOFT, "recovery": DEFAULT_MODE, **record}
-        if schedule.epochs > 0 and (known["distillation"], known["recovery"]) != (str(self._losses), mode):
+        asked = {"distillation": str(self._losses), "recovery": mode, "settings": asdict(schedule)}
+        known = {"settings": asdict(schedule), **record}
+        if schedule.epochs > 0 and any(known.get(name) != value for name, value in asked.items()):
             return None
         try:
             return Candidate(

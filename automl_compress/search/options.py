@@ -33,6 +33,7 @@ class Options:
     sampler: str = "budget"
     distillation: str = DEFAULT
     recovery: str = DEFAULT_MODE
+    training: str = ""
     students: str | None = None
     baselines: str = "quick"
     weights: str | Path | None = None

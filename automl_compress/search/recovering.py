@@ -21,7 +21,7 @@ from automl_compress.search.opening import load, task_name
 from automl_compress.search.options import EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.training.log import shown_by
-from automl_compress.techniques.training.settings import Training
+from automl_compress.techniques.training.settings import Resources, Training, parse_training
 
 
 def recover(
@@ -30,7 +30,8 @@ def recover(
     *,
     mode: str = DEFAULT_MODE,
     epochs: float = EPOCHS,
-    training: Training | None = None,
+    training: Training | str = "",
+    resources: Resources | None = None,
     distillation: str = DEFAULT,
     seed: int = 0,
     weights: str | Path | None = None,
@@ -41,7 +42,9 @@ def recover(
 
     plan          or the file of one: a run's `plan.json`. Channels that it doesn't name yet are selected
     mode          how, as `recovery.names.NAMES` says
-    epochs        of all stages together; `training`: all settings of it, instead
+    epochs        of all stages together
+    training      settings of the training loop, written as for `compress`; or a `Training`, whose epochs then count
+    resources     what the training may use; a checkpoint is kept in the run folder in any case
     distillation  what is learned from the original, as `distillation.losses` says
     output        run folder (default runs/TASK-recovered-MODE); the same call with the same folder resumes
 
@@ -50,7 +53,7 @@ def recover(
     training raises.
     """
     check_mode(mode)
-    settings = training or Training(epochs=epochs)
+    settings = parse_training(training, epochs=epochs) if isinstance(training, str) else training
     losses, progress = parse_losses(distillation), progress or SilentProgress()
     if isinstance(task, str):
         require_task_file(task)
@@ -80,7 +83,8 @@ def recover(
     }
     with RunFolder(folder, identity) as run:
         progress.stage("repairing without training")
-        candidate = Recovery(bench, run, losses, mode).recover(plan, FULL, settings, shown_by(progress))
+        recovery = Recovery(bench, run, losses, mode, resources=resources)
+        candidate = recovery.recover(plan, FULL, settings, shown_by(progress))
         onnx = run.write_bytes("recovered.onnx", candidate.onnx.read_bytes())
         stored = run.write_bytes("recovered.safetensors", candidate.weights.read_bytes())
         run.write_json("plan.json", plan_file(candidate, bench))

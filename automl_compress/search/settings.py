@@ -20,7 +20,7 @@ from automl_compress.search.campaign import Campaign
 from automl_compress.search.options import EPOCHS, TRIALS, Options
 from automl_compress.search.timing import Clock
 from automl_compress.techniques.distillation.losses import Losses, parse_losses
-from automl_compress.techniques.training.settings import Training
+from automl_compress.techniques.training.settings import Training, parse_training
 
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
 
@@ -68,7 +68,7 @@ class Settings:
     @property
     def schedule(self) -> Training:
         """The full distillation's."""
-        return Training(epochs=float(self.options["epochs"]))
+        return parse_training(self.options.get("training", ""), epochs=float(self.options["epochs"]))
 
     @property
     def recovery(self) -> str:
@@ -96,6 +96,7 @@ def make_settings(task: Any, **asked: Any) -> Settings:
     limits = parse_budget(given["latency"], given["size"], given["memory"], required=aim is None)
     parse_losses(given["distillation"])
     check_mode(given["recovery"])
+    parse_training(given["training"], epochs=EPOCHS)
     check_effort(given["baselines"])
     parse_students(given["students"])
     if not 0 <= given["max_failed"] <= 1:

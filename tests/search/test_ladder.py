@@ -100,6 +100,7 @@ def test_another_schedule_plan_or_loss_is_trained(folder: RunFolder) -> None:
     assert recover(folder, schedule=Training(epochs=0.5))[1] >= 2  # and those with rounding, as above
     assert recover(folder, Plan(drop=frozenset({"block"})))[1] >= 4
     assert recover(folder, losses="task")[1] >= 4
+    assert recover(folder, schedule=Training(epochs=1, clip=1.0))[1] >= 4
 
 
 def test_a_kill_in_the_middle_of_training_costs_at_most_a_part_of_it(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -12,6 +14,8 @@ Optimizer = Literal["muon", "sgd", "adamw"]
 Shape = Literal["one-cycle", "cosine", "constant"]
 Deliver = Literal["best", "last", "average"]
 Precision = Literal["auto", "float32", "bfloat16"]
+# The peak of AdamW's rate where none is asked for: its steps don't shrink with the gradients.
+ADAMW_RATE = 1e-3
 WARM_UP = {"one-cycle": 0.3, "cosine": 0.0, "constant": 0.0}
 
 
@@ -22,7 +26,7 @@ class Training:
     epochs            passes over the training data; a fraction stops within a pass
     optimizer         'muon' (see `training.muon`: weights of convolutions and linear layers; the rest by SGD), 'sgd'
                       (Nesterov) or 'adamw'
-    learning_rate     the peak of the schedule
+    learning_rate     the peak of the schedule; the default suits Muon and SGD, AdamW wants a twentieth
     schedule          'one-cycle' (Smith 2018: up, then down to almost nothing, momentum the other way round), 'cosine'
                       (down to zero) or 'constant'
     warm_up           share of the steps in which the rate rises; None: 0.3 for one-cycle, else none
@@ -56,9 +60,9 @@ class Training:
     def __post_init__(self) -> None:
         _check_choices(self)
         for name in ("epochs", "weight_decay", "clip"):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
+            _require(self, name, 0 <= getattr(self, name) < math.inf, "at least 0")
         for name in ("learning_rate", "validate_every"):
-            _require(self, name, getattr(self, name) > 0, "above 0")
+            _require(self, name, 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("momentum", "average"):
             _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         _require(self, "warm_up", self.warm_up is None or 0 <= self.warm_up < 1, "at least 0 and below 1")
@@ -98,6 +102,41 @@ class Resources:
         _require(self, "micro_batch", self.micro_batch is None or self.micro_batch >= 1, "at least 1, or None")
         _require(self, "memory_bytes", self.memory_bytes >= 0, "at least 0")
         _require(self, "checkpoint_seconds", self.checkpoint_seconds >= 0, "at least 0")
+
+
+def parse_training(text: str, *, epochs: float) -> Training:
+    """`optimizer=adamw,learning_rate=0.0005,average=0.999`: fields of `Training`, the others as they are by default,
+    which for AdamW is a learning rate of 0.001. Raises InputError."""
+    hints = {name: hint for name, hint in get_type_hints(Training).items() if name != "epochs"}
+    given: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name not in hints:
+            near = get_close_matches(name, hints, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"training {text!r}: unknown setting {name!r}; {meant}there are: {', '.join(hints)}")
+        given[name] = _read(hints[name], value, f"training {text!r}: {name}")
+    if given.get("optimizer") == "adamw":
+        given.setdefault("learning_rate", ADAMW_RATE)
+    return Training(epochs=epochs, **given)
+
+
+def _read(hint: Any, value: str, what: str) -> Any:
+    """A setting as its field has it. Raises InputError."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(kinds[0], str):
+        return value  # checked by `Training`
+    if type(None) in kinds and value == "none":
+        return None
+    if kinds[0] is bool and value in ("true", "false"):
+        return value == "true"
+    try:
+        if kinds[0] is not bool:
+            return kinds[0](value)
+    except ValueError:
+        pass
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kinds[0]]
+    raise InputError(f"{what} must be {wanted}, found {value!r}")
 
 
 def _check_choices(settings: Any) -> None:

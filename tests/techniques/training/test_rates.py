@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from automl_compress.errors import InputError
 from automl_compress.techniques.training.averaging import Average
 from automl_compress.techniques.training.optimizers import make_optimizer, set_rate
 from automl_compress.techniques.training.rates import momentum, rate
-from automl_compress.techniques.training.settings import Resources, Training
+from automl_compress.techniques.training.settings import ADAMW_RATE, Resources, Training, parse_training
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 100])
@@ -92,6 +93,32 @@ def test_the_average_is_what_its_recursion_says() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: Any, what: str) -> None:
     with pytest.raises(InputError, match=what):
         Training(**settings)
+
+
+def test_settings_are_read_as_they_are_written() -> None:
+    text = "optimizer=sgd, learning_rate=1e-2,patience=2,decay_embeddings=false,schedule=cosine,warm_up=none"
+    assert parse_training(text, epochs=2) == Training(
+        epochs=2, optimizer="sgd", learning_rate=0.01, patience=2, decay_embeddings=False, schedule="cosine"
+    )
+    assert parse_training("", epochs=1) == Training(epochs=1)
+    assert parse_training("optimizer=adamw", epochs=1).learning_rate == ADAMW_RATE
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optimiser=sgd", "unknown setting 'optimiser'; did you mean optimizer?"),
+        ("epochs=3", "unknown setting 'epochs'; there are: optimizer, learning_rate"),
+        ("clip", "clip must be a number, found ''"),
+        ("patience=1.5", "patience must be a whole number, found '1.5'"),
+        ("decay_embeddings=1", "decay_embeddings must be true or false, found '1'"),
+        ("optimizer=adam", "optimizer must be one of muon, sgd, adamw, found 'adam'"),
+        ("learning_rate=inf", "learning_rate must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_refused(text: str, told: str) -> None:
+    with pytest.raises(InputError, match=re.escape(told)):
+        parse_training(text, epochs=1)
 
 
 def test_resources_that_make_no_sense_are_refused() -> None:
