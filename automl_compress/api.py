@@ -322,7 +322,7 @@ def replay(
     if width is not None:
         loaded = replace(loaded, model=make_student(loaded, width, seed=0))
     bench = Workbench(loaded, trace(loaded.model.eval(), loaded.example_inputs))
-    plan, ranges, bench.executions = read_plan(plan_path, bench)
+    plan, ranges, bench.executions = read_plan(plan_path, bench.graph)
     target = Path(output) if output else run / "replayed.onnx"
     found = stored_quantization(weights_path, ranges)
     onnx.save(bench.export(rebuild(bench, plan, weights_path), plan, found), target)

@@ -99,13 +99,19 @@ def read_transferred(folder: Path, task: Task) -> Task:
     """The task of the model that `transfer_in` left in a run folder, or in one above it. Raises PlanError."""
     if task.transfer is None:
         return task
-    places = [place / f"{STORED}.safetensors" for place in (folder, *folder.resolve().parents[:2])]
-    file = next((place for place in places if place.is_file()), None)
+    file = stored_transfer(folder)
     if file is None:
-        raise PlanError(f"{places[0]}: no such file; the task has a transfer, whose result a run keeps there")
+        missing = folder / f"{STORED}.safetensors"
+        raise PlanError(f"{missing}: no such file; the task has a transfer, whose result a run keeps there")
     model = copy_model(task.model)
     load_weights(model, file)
     return replace(task, model=model.eval(), transfer=None)
+
+
+def stored_transfer(folder: Path) -> Path | None:
+    """The weights that `transfer_in` left in a run folder, or in one above it, if it did."""
+    places = [place / f"{STORED}.safetensors" for place in (folder, *folder.resolve().parents[:2])]
+    return next((place for place in places if place.is_file()), None)
 
 
 def in_words(known: Mapping[str, Any]) -> str:

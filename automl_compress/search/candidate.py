@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import PlanError
 from automl_compress.search.evaluate import Workbench
@@ -69,7 +70,7 @@ def stored_quantization(weights: Path, ranges: Mapping[str, Limits]) -> Quantiza
         raise PlanError(f"{weights}: can't be read ({str(error).splitlines()[0]})") from error
 
 
-def read_plan(path: Path, bench: Workbench) -> tuple[Plan, dict[str, Limits], Executions]:
+def read_plan(path: Path, graph: Graph) -> tuple[Plan, dict[str, Limits], Executions]:
     """A delivered plan file, checked against the model, the ranges of its activations, and how its device runs each
     bit-width. Raises PlanError."""
     try:
@@ -78,7 +79,7 @@ def read_plan(path: Path, bench: Workbench) -> tuple[Plan, dict[str, Limits], Ex
         executions = {(str(kind), int(bits)): how for kind, bits, how in data.get("executions", [])}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise PlanError(f"{path}: can't be read as a plan ({error})") from error
-    return Plan.from_json(data, bench.graph), ranges, executions or DEFAULT_EXECUTIONS
+    return Plan.from_json(data, graph), ranges, executions or DEFAULT_EXECUTIONS
 
 
 def student_width(path: Path) -> float | None:

@@ -12,7 +12,7 @@ from automl_compress.model.task import Task, require_task_file, scarcity
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
-from automl_compress.recovery.transfer import read_transferred
+from automl_compress.recovery.transfer import in_words, read_transferred, stored_transfer, transfer_in
 from automl_compress.search.candidate import Candidate, plan_file, read_plan
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.identity import digest_of
@@ -20,6 +20,7 @@ from automl_compress.search.ladder import FULL, Recovery
 from automl_compress.search.opening import load, task_name
 from automl_compress.search.options import EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
+from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS
 from automl_compress.techniques.training.log import shown_by
 from automl_compress.techniques.training.settings import Resources, Training, parse_training
 
@@ -48,9 +49,9 @@ def recover(
     distillation  what is learned from the original, as `distillation.losses` says
     output        run folder (default runs/TASK-recovered-MODE); the same call with the same folder resumes
 
-    The folder then holds `recovered.onnx`, the file whose `metric` on validation data is returned with it, its
-    `recovered.safetensors` and `plan.json`. Raises InputError for another model's plan or an unknown mode, and what
-    training raises.
+    A task with a transfer is trained on its data first, unless the plan's folder has the result. The folder then holds
+    `recovered.onnx`, the file whose `metric` on validation data is returned with it, its `recovered.safetensors` and
+    `plan.json`. Raises InputError for another model's plan or an unknown mode, and what training raises.
     """
     check_mode(mode)
     settings = parse_training(training, epochs=epochs) if isinstance(training, str) else training
@@ -60,20 +61,19 @@ def recover(
     progress.stage("loading the task")
     loaded = load(task, weights)
     folder = Path(output) if output else Path("runs") / f"{task_name(task)}-recovered-{mode}"
-    loaded = read_transferred(folder if isinstance(plan, Plan) else Path(plan).parent, loaded)
     scarce = scarcity(loaded)
     if scarce:
         progress.note(f"warning: {scarce}")
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
-    bench = Workbench(loaded, graph, seed=seed)
+    home, executions = folder, DEFAULT_EXECUTIONS
     if isinstance(plan, Plan):
         plan.check(graph)
     else:
-        path = Path(plan)
+        path, home = Path(plan), Path(plan).parent
         if not path.is_file():
             raise InputError(f"plan {path}: no such file; a finished run has a plan.json")
-        plan, _, bench.executions = read_plan(path, bench)
+        plan, _, executions = read_plan(path, graph)
     identity = {
         "task": digest_of(loaded),
         "graph": graph.fingerprint,
@@ -82,6 +82,12 @@ def recover(
         "training": str(settings),
     }
     with RunFolder(folder, identity) as run:
+        if stored_transfer(home):
+            loaded = read_transferred(home, loaded)
+        loaded, known = transfer_in(run, loaded, seed=seed, on_step=shown_by(progress))
+        if known is not None:
+            progress.note(in_words(known))
+        bench = Workbench(loaded, graph, seed=seed, executions=executions)
         progress.stage("repairing without training")
         recovery = Recovery(bench, run, losses, mode, resources=resources)
         candidate = recovery.recover(plan, FULL, settings, shown_by(progress))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from automl_compress import api
+from automl_compress import api, recover
+from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import PlanError, TaskError
 from automl_compress.hardware.estimated import device_for
@@ -151,3 +152,12 @@ def test_a_search_compresses_what_was_transferred(tmp_path: Path, monkeypatch: p
     assert any("transferred to this data first" in note for note in result.notes)
     again = api.replay(tmp_path / "run", task(), output=tmp_path / "again.onnx")
     assert onnx.load(again) == onnx.load(tmp_path / "run" / "best.onnx")
+
+
+def test_a_plan_is_recovered_of_what_was_transferred(tmp_path: Path) -> None:
+    plan = Plan(sparsity={"down": 0.5})
+    one = recover(task(), plan, epochs=0, output=tmp_path / "one")
+    assert one.metric > 0.8
+    again = recover(task(), tmp_path / "one" / "plan.json", epochs=0, output=tmp_path / "other")
+    assert again.metric == one.metric
+    assert not (tmp_path / "other" / "transferred.safetensors").exists()  # the plan's folder has it

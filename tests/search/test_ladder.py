@@ -185,9 +185,9 @@ def test_a_plan_file_that_is_none_is_refused(tmp_path: Path, content: str) -> No
     path = tmp_path / "plan.json"
     path.write_text(content)
     with pytest.raises(PlanError):
-        read_plan(path, campaigns.bench())
+        read_plan(path, campaigns.bench().graph)
     with pytest.raises(PlanError, match="can't be read"):
-        read_plan(tmp_path / "missing.json", campaigns.bench())
+        read_plan(tmp_path / "missing.json", campaigns.bench().graph)
 
 
 def test_a_damaged_record_is_named(folder: RunFolder) -> None:

@@ -74,7 +74,7 @@ def test_zeros_survive_training_and_are_in_the_exported_file(learned: Campaign, 
 def test_a_masked_plan_replays_from_its_file_and_weights(learned: Campaign, trained: Candidate, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan_file(trained, learned.bench)))
-    plan, ranges, _ = read_plan(path, learned.bench)
+    plan, ranges, _ = read_plan(path, learned.bench.graph)
     assert dict(plan.masks) == MASKS
     found = stored_quantization(trained.weights, ranges)
     again = learned.bench.export(rebuild(learned.bench, plan, trained.weights), plan, found)
