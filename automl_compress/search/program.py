@@ -36,7 +36,6 @@ from automl_compress.search.table import (
     Option,
     QualityKey,
     Solution,
-    channel_copies,
     kept_options,
     nearest_option,
 )
@@ -256,12 +255,20 @@ class Decoder:
             counts = self._options[groups[0]]
             widths = [tuple(self.graph.width(layer, e, {groups[0]: k}) for e in ends) for k in counts]
             return Side(groups=groups, ends=ends, widths=tuple(widths))
-        totals = {full}
+        widest, removed = zip(*(self._removed(layer, groups, end) for end in ends), strict=True)
+        totals = {widest}
         for group in groups:
-            copies = [channel_copies(self.graph, layer, group, end) for end in ends]
-            taken = [self.graph.group[group].size - count for count in self._options[group]]
-            totals = {tuple(w - n * c for w, c in zip(t, copies, strict=True)) for t in totals for n in taken}
+            taken = [tuple(by[group, count] for by in removed) for count in self._options[group]]
+            totals = {tuple(w - n for w, n in zip(t, each, strict=True)) for t in totals for each in taken}
         return Side(groups=groups, ends=ends, widths=tuple(thinned(sorted(t for t in totals if min(t) > 0))))
+
+    def _removed(self, layer: Layer, groups: tuple[str, ...], end: End) -> tuple[int, dict[tuple[str, int], int]]:
+        """A side's width with its groups as wide as they may be; (group, channels that it keeps) -> what that takes
+        from it. They add up, since of two groups whose shares multiply at most one is narrower."""
+        widest = {group: max(self._options[group]) for group in groups}
+        whole = self.graph.width(layer, end, widest)
+        counts = [(group, count) for group in groups for count in self._options[group]]
+        return whole, {(g, count): whole - self.graph.width(layer, end, {**widest, g: count}) for g, count in counts}
 
     def _link(self, layer: Layer, side: Side, columns_at: Mapping[int, list[int]]) -> None:
         """Tie the choice of a side's width to what the groups keep."""
@@ -275,16 +282,12 @@ class Decoder:
                 self._rows.add(row, 0.0 if together or not drops else -np.inf, 0.0)
         elif side.groups:
             end = side.ends[0]
-            full = layer.in_channels if end == "in" else layer.out_channels
+            widest, removed = self._removed(layer, side.groups, end)
             row = {c: float(side.widths[p][0]) for p, columns in columns_at.items() for c in columns}
-            for group in side.groups:
-                copies = channel_copies(self.graph, layer, group, end)
-                for count in self._options[group]:
-                    removed = copies * (self.graph.group[group].size - count)
-                    row[self._columns["kept", group, count]] = float(removed)
+            row |= {self._columns["kept", group, count]: float(n) for (group, count), n in removed.items()}
             gap = max((b[0] - a[0] - 1 for a, b in zip(side.widths, side.widths[1:], strict=False)), default=0)
-            self._rows.add({**row, **dict.fromkeys(drops, float(full))}, float(full), np.inf)
-            self._rows.add({**row, **dict.fromkeys(drops, -float(full))}, -np.inf, float(full + max(0, gap)))
+            self._rows.add({**row, **dict.fromkeys(drops, float(widest))}, float(widest), np.inf)
+            self._rows.add({**row, **dict.fromkeys(drops, -float(widest))}, -np.inf, float(widest + max(0, gap)))
 
     def _losses(self, quality: Mapping[QualityKey, float]) -> Vector:
         values: dict[int, float] = {}

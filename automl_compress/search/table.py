@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from automl_compress.core.budget import Provenance
-from automl_compress.core.graph import End, Graph, Layer
+from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import Plan
 
 ADDITIVE = ("latency", "size")
@@ -127,15 +127,6 @@ def least_certain(found: Iterable[Provenance]) -> Provenance:
     """What may be said of a figure that is made of several: "estimated" if one of them is; of none "measured"."""
     known = set(found)
     return next((p for p in _LEAST_CERTAIN_FIRST if p in known), "measured")
-
-
-def channel_copies(graph: Graph, layer: Layer, group: str, side: End) -> int:
-    """How many of the layer's input or output channels one channel of the group stands for.
-
-    More than one where a convolution's channel is flattened to several columns of a linear layer, or where it is a
-    head.
-    """
-    return graph.width(layer, side, {}) - graph.width(layer, side, {group: graph.group[group].size - 1})
 
 
 def kept_options(options: Sequence[Option], size: int, width: float) -> dict[int, Option]:

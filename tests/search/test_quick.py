@@ -16,7 +16,7 @@ from automl_compress.search.moves import Neighbours
 from automl_compress.search.pricing import random_plan
 from automl_compress.search.program import Unsolved
 from automl_compress.search.space import SearchSpace
-from tests.search.networks import concatenated, depthwise, residual, space_of, table_for
+from tests.search.networks import concatenated, depthwise, every_plan, residual, space_of, table_for
 
 Case = tuple[Graph, SearchSpace, AdditiveTable]
 
@@ -159,6 +159,24 @@ def test_neighbours_are_plans_of_the_space_though_there_are_few() -> None:
     start = arrays.states([Plan()])
     found = Neighbours(arrays).around(start, losses, limits, prices, paired=48, count=60)
     assert len({arrays.plan(found, row).key for row in range(len(found))}) > len(bits)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_ways_to_narrow_the_same_layer_multiply_with_the_width_of_a_student(width: float) -> None:
+    graph, space, table = case("attention", 0)
+    limits = limits_of(graph, table, 0.3, "latency")
+    plans = [plan for plan in every_plan(space, width) if not _both_ways(graph, plan)]
+    costs = [table.plan_cost(graph, plan).latency_us for plan in plans]
+    fitting = [plan for plan, cost in zip(plans, costs, strict=True) if cost <= limits["latency"]]
+    exact = Decoder(space, graph, table, width=width).solve(table.quality, limits)
+    quick = QuickDecoder(space, graph, table, width=width).solve(table.quality, limits)
+    assert exact is not None
+    assert quick is not None
+    best = min(additive_loss(space, plan, table.quality) for plan in fitting)
+    assert exact.loss == pytest.approx(best)
+    assert quick.loss == pytest.approx(best, rel=0.02)
+    cheapest = Decoder(space, graph, table, width=width).cheapest(table.quality, "latency")
+    assert cheapest.cost.latency_us == pytest.approx(min(costs))
 
 
 def test_the_same_question_has_the_same_answer() -> None:
