@@ -45,6 +45,11 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
         passed = _ordered(campaign, places)
         if passed:
             return passed
+    counts = campaign.trial_counts()
+    if not counts["complete"]:
+        raise campaign.infeasible(
+            f"none of {sum(counts.values())} plans that were tried is predicted to meet the budget"
+        )
     raise campaign.infeasible(
         f"none of {len(campaign.measured)} plans that were predicted to meet the budget met it when measured"
     )
