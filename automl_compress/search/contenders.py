@@ -8,7 +8,7 @@ on a workbench of its own, whose original is the trained student.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import FULL_BITS, Plan
-from automl_compress.errors import TaskError
+from automl_compress.errors import CompressError, Interrupted, TaskError
 from automl_compress.hardware.timer import ratio
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task
@@ -53,25 +53,39 @@ class Contenders:
         self._own_is_known = False
 
     def finished(self, best: Candidate) -> list[Candidate]:
-        """Those that are within the budget, beside the best inherited model, whose plan the one from scratch has."""
+        """Those that are within the budget, beside the best inherited model, whose plan the one from scratch has. One
+        that fails leaves what was found without it."""
         schedule = self._settings.schedule
         if not self.names or schedule.epochs == 0 or not self._time_left():
             return []
-        found = []
+        found: list[Candidate | None] = []
         if SCRATCH in self.names:
             recovery = Recovery(
                 self._campaign.bench, self._campaign.folder, self._settings.losses, FROM_SCRATCH, contender=SCRATCH
             )
-            plan = replace(best.plan, kept={})
-            found.append(recovery.recover(plan, FULL, schedule, shown_by(self._campaign.progress)))
+            plan, show = replace(best.plan, kept={}), shown_by(self._campaign.progress)
+            found.append(self._attempted(SCRATCH, lambda: recovery.recover(plan, FULL, schedule, show)))
         if OWN in self.names:
             if not self._own_is_known:
-                self._own, self._own_is_known = self._train_own(of_fresh_weights(schedule)), True
-            found += [self._own] if self._own is not None else []
-        for candidate in found:
+                self._own = self._attempted(OWN, lambda: self._train_own(of_fresh_weights(schedule)))
+                self._own_is_known = True
+            found.append(self._own)
+        able = [candidate for candidate in found if candidate is not None]
+        for candidate in able:
             what = "from scratch" if candidate.width is None else f"student({candidate.width:g})"
             self._campaign.progress.note(f"{what}: {candidate.metric:.4f} on validation, inherited: {best.metric:.4f}")
-        return found
+        return able
+
+    def _attempted(self, name: str, train: Callable[[], Candidate | None]) -> Candidate | None:
+        try:
+            return train()
+        except Interrupted:
+            raise
+        except (CompressError, RuntimeError, MemoryError) as error:
+            reason = f"student {name} failed, and doesn't compete: {' '.join(str(error).split())[:500]}"
+            self._campaign.rejected[f"student {name}"] = reason
+            self._campaign.progress.note(reason)
+            return None
 
     def reject(self, candidate: Candidate) -> None:
         """It was finished, and can't be delivered."""

@@ -16,9 +16,10 @@ from automl_compress.hardware.remote import link_to
 from automl_compress.model.task import Task, load_task, prepare, require_task_file, scarcity
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
-from automl_compress.recovery.students import OWN, parse_students, require_own
+from automl_compress.recovery.students import OWN, WIDTHS, parse_students
 from automl_compress.recovery.transfer import in_words, transfer_in
 from automl_compress.search.campaign import Campaign
+from automl_compress.search.contenders import make_student
 from automl_compress.search.evaluate import Workbench
 from automl_compress.search.forecast import Forecast
 from automl_compress.search.identity import digest_of
@@ -89,8 +90,9 @@ def _campaign_on(
     options, device_profile = settings.options, device.profile
     progress.stage("loading the task")
     loaded = load(task, options["weights"])
-    if OWN in parse_students(options["students"]):
-        require_own(loaded.student)
+    if OWN in parse_students(options["students"], has_own=loaded.student is not None):
+        for width in (WIDTHS[0], WIDTHS[-1]):  # one that can't compete is told of now, not when all else is done
+            make_student(loaded, width, int(options["seed"]))
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
     offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.searched)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from automl_compress import api
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.runtime import OnnxModel
 from automl_compress.errors import CompressError, InputError, TaskError
+from automl_compress.hardware.estimated import device_for
 from automl_compress.model.task import load_task
 from automl_compress.recovery.students import parse_students
-from automl_compress.search import contenders
+from automl_compress.search import contenders, opening
 from automl_compress.search.campaign import Campaign
 from automl_compress.search.candidate import Candidate, plan_file
 from automl_compress.search.contenders import Contenders, make_student
@@ -32,6 +34,7 @@ from automl_compress.search.settings import Settings
 from automl_compress.techniques.training.settings import Training
 from tests import tiny
 from tests.search import campaigns
+from tests.search.device import TimelessRuntime
 
 LATENCY = "70%"
 
@@ -142,6 +145,30 @@ def test_where_none_fits_nothing_is_trained(
     monkeypatch.setattr(contenders, "WIDTHS", (12.0,))
     assert Contenders(learned, settings()).finished(inherited) == []
     assert notes == ["no student of the task's own fits the budget, down to width 12"]
+
+
+def test_one_that_fails_leaves_what_was_found_without_it(
+    learned: Campaign, inherited: Candidate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(learned.progress, "note", notes.append)
+    monkeypatch.setattr(learned, "rejected", {})
+    monkeypatch.setattr(learned.bench, "task", replace(learned.bench.task, student=lambda width: 1 / 0))
+    assert Contenders(learned, settings()).finished(inherited) == []
+    assert notes == [
+        "student own failed, and doesn't compete: task: student(1) raised ZeroDivisionError: division by zero"
+    ]
+    assert notes == list(learned.rejected.values())
+
+
+def test_a_student_that_cannot_compete_is_told_of_before_anything_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "device_for", partial(device_for, launch=TimelessRuntime))
+    task = replace(tiny.task(), student=lambda width: Plain(width) if width > 0.2 else nn.Linear(3, 3))
+    with pytest.raises(TaskError, match=r"student\(0.125\)'s forward fails"):
+        api.compress(task, size="90%", output=tmp_path / "run")
+    assert not (tmp_path / "run" / "original.json").exists()
 
 
 @pytest.mark.parametrize(
