@@ -22,6 +22,8 @@ SMALLEST_US = 0.05
 _LAYOUT_DOMAIN = "com.microsoft.nchwc"
 _CONV_ATTRIBUTES = ("kernel_shape", "strides", "pads", "dilations", "group", "auto_pad")
 _WITHOUT_EFFECT = {"saturate", "auto_pad", "axis"}
+# Defaults of Quantize and Dequantize that only opsets from 21 on write out: what is executed is the same.
+_UNSAID = (("block_size", 0), ("output_dtype", 0), ("precision", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +179,8 @@ def _detail(node: onnx.NodeProto, constants: Sequence[str], reads: int) -> str:
         attributes.setdefault("kernel_shape", _dimensions(weight)[2:])
         parts.append(_geometry(attributes))
     activation = _text(attributes.pop("activation", b""))
-    rest = {k: v for k, v in attributes.items() if k not in _CONV_ATTRIBUTES and k not in _WITHOUT_EFFECT}
+    told = {k: v for k, v in attributes.items() if k not in _CONV_ATTRIBUTES and k not in _WITHOUT_EFFECT}
+    rest = dict(item for item in told.items() if item not in _UNSAID)
     if rest:
         parts.append(" ".join(f"{k}={_text(v)}" for k, v in sorted(rest.items())))
     if "Conv" in node.op_type and reads > 1:

@@ -1,4 +1,7 @@
-"""Older versions of the profile file, brought up to date as text, so that people's comments stay."""
+"""Older versions of the profile file, brought up to date as text, so that people's comments stay.
+
+Keys of kernels that were written when defaults of later opsets still were part of them mean what they mean without.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from automl_compress.errors import ProfileError
 
 VERSION = 2
 _VERSION_LINE = re.compile(r"(?m)^version:[ \t]*(\d+)")
+_UNSAID = {"block_size=0", "output_dtype=0", "precision=0"}
 _FROM_1_TO_2 = """
 # What version 2 of the format added; the values are what version 1 stood for.
 provenance: measured
@@ -32,3 +36,9 @@ def upgraded(head: str, where: str) -> str:
     if int(found[1]) == 1:
         head = f"{_VERSION_LINE.sub('version: 2', head, count=1).rstrip()}\n{_FROM_1_TO_2}"
     return head
+
+
+def upgraded_key(key: str) -> str:
+    """A kernel's key as it is written today."""
+    parts = ([word for word in part.split(" ") if word not in _UNSAID] for part in key.split("|"))
+    return "|".join(" ".join(words) for words in parts if words)

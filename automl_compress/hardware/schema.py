@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from automl_compress.core.budget import Provenance
 from automl_compress.errors import ProfileError
 from automl_compress.hardware.header import short
+from automl_compress.hardware.migrate import upgraded_key
 
 Text = Annotated[str, Field(strict=True, min_length=1)]
 Count = Annotated[int, Field(strict=True, gt=0, le=10**9)]
@@ -186,6 +187,8 @@ def read_record(line: str, where: str) -> Record:
         raise ProfileError(f"{where}: a measurement needs a field of {wanted}, found {short(data)}; {_WAY_OUT}")
     if "key" in data:
         raise ProfileError(f"{where}: unknown field 'key' in a {tag} line, found {short(data['key'])}; {_WAY_OUT}")
+    if tag == "kernel" and isinstance(data[tag], str):
+        data[tag] = upgraded_key(data[tag])
     try:
         return _ADAPTERS[tag].validate_python({("key" if name == tag else name): v for name, v in data.items()})
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
 Each is a chain of layers of one kind at widths on and off the grid of the runtime's layouts: convolutions (plain,
 strided, depthwise, grouped, 1x1, transposed, 1-D), linear layers and attention with their normalisations and
-activations, embeddings. Each is measured in 32 bits and quantized. The weights are random.
+activations, embeddings. Each is measured in 32 bits, in 8, and in a mixture. The weights are random.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from automl_compress.core.plan import FULL_BITS
 from automl_compress.techniques.quantization.calibrate import activation_tensors
 from automl_compress.techniques.quantization.rewrite import quantize
 
 _OPSET = 20
 _WIDTHS = (3, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 _LENGTH = 10
+_BITS = {"Conv": (FULL_BITS, 8), "MatMul": (FULL_BITS, 8, 4, 2), "Gemm": (FULL_BITS, 8, 4, 2)}
 KINDS = (
     "plain",
     "strided",
@@ -36,8 +38,11 @@ KINDS = (
 
 
 def standard_models(seed: int = 0) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """(name, model) pairs in a fixed order: each kind at several sizes, in 32 and in 8 bits."""
-    rng = np.random.default_rng(seed)
+    """(name, model) pairs in a fixed order: each kind at several sizes, in 32 bits, in 8, and in a mixture.
+
+    The mixtures show what lies at the borders between bit-widths, and layers whose weights alone have fewer bits.
+    """
+    rng, mixing = (np.random.default_rng(seeds) for seeds in (seed, [seed, 1]))
     for size in (32, 16, 8, 56):
         for kind in KINDS:
             for number in range(2):
@@ -46,10 +51,12 @@ def standard_models(seed: int = 0) -> Iterator[tuple[str, onnx.ModelProto]]:
                 model = chain.model()
                 name = f"{kind}-{size}-{number}"
                 yield name, model
-                layers = {node.name: 8 for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")}
-                ranges = dict.fromkeys(activation_tensors(model, layers), (-2.0, 2.0))
-                if ranges:
-                    yield f"{name}-int8", quantize(model, layers, ranges)
+                layers = {node.name: _BITS[node.op_type] for node in model.graph.node if node.op_type in _BITS}
+                mixed = {layer: int(mixing.choice(widths)) for layer, widths in layers.items()}
+                for how, bits in (("int8", dict.fromkeys(layers, 8)), ("mixed", mixed)):
+                    if set(bits.values()) != {FULL_BITS}:
+                        ranges = dict.fromkeys(activation_tensors(model, bits), (-2.0, 2.0))
+                        yield f"{name}-{how}", quantize(model, bits, ranges)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 WEIGHT_SUFFIX = ".weight_q"
@@ -57,6 +58,12 @@ class GraphView:
                 dims = value.type.tensor_type.shape.dim
                 result[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
         return result
+
+    @cached_property
+    def scalars(self) -> dict[str, float]:
+        """Name -> number of every initializer that is a single one."""
+        single = (t for t in self.initializers.values() if math.prod(t.dims) == 1 and t.data_type != TensorProto.STRING)
+        return {tensor.name: float(numpy_helper.to_array(tensor).item()) for tensor in single}
 
     def constant(self, name: str) -> np.ndarray | None:
         """The value of an initializer, or None if `name` is not one."""

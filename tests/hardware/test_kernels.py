@@ -85,6 +85,18 @@ def test_keys_tell_apart_what_decides_the_time() -> None:
     assert key_of(one) == "Conv|float[1,4]>float[1,4]|w float[4,4,3,3]|k3x3 s1x1 p1 g1"
 
 
+def test_defaults_that_only_later_opsets_write_out_are_no_part_of_a_key() -> None:
+    event = {"op": "DequantizeLinear", "name": "q", "inputs": ["uint8[1,4]"], "outputs": ["float[1,4]"], "us": [3, 5]}
+    answer = {"kernels": [event], "inputs": {"x": "uint8[1,4]"}}
+    keys = []
+    for attributes in ({}, {"block_size": 0, "output_dtype": 0, "axis": 1, "saturate": 1}, {"block_size": 2}):
+        node = helper.make_node("DequantizeLinear", ["x", "s"], ["y"], name="q", **attributes)
+        scale = numpy_helper.from_array(np.float32(0.1), "s")
+        keys += [key_of(kernel) for kernel in read_lowering(answer, helper.make_graph([node], "g", [], [], [scale]))]
+    assert keys[0] == keys[1]
+    assert keys[2] == f"{keys[0]}|block_size=2"
+
+
 def test_what_was_fused_is_read_from_the_optimized_graph() -> None:
     node = helper.make_node(
         "Conv", ["x", "w", "b", "skip"], ["y"], name="y_nchwc", domain="com.microsoft.nchwc",

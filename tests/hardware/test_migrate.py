@@ -38,6 +38,26 @@ def test_a_file_of_version_1_reads_as_what_it_is_today(old: Path) -> None:
     assert old.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("written", "today"),
+    [
+        ("|block_size=0 output_dtype=0 precision=0", ""),
+        ("|block_size=0", ""),
+        ("|block_size=64 output_dtype=0", "|block_size=64"),
+        ("|k2x2 s1x1 p0 g1|block_size=0|relu", "|k2x2 s1x1 p0 g1|relu"),
+        ("|block_size=0 output_dtype=10", "|output_dtype=10"),
+    ],
+)
+def test_kernels_that_differ_in_defaults_of_later_opsets_are_the_same(
+    profile: DeviceProfile, written: str, today: str
+) -> None:
+    key = "DequantizeLinear|uint8[1,3]>float[1,3]"
+    profile.add_kernels([replace(KERNEL, key=key + written), replace(KERNEL, key=key + today, mean_us=13.5)])
+    again = DeviceProfile(profile.path, FACTS)
+    assert list(again.kernels) == [key + today]
+    assert again.kernels[key + today].mean_us == 13.0
+
+
 def test_the_first_append_rewrites_it_and_keeps_the_original(old: Path) -> None:
     before = old.read_bytes()
     profile = DeviceProfile(old, FACTS)

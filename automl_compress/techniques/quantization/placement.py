@@ -93,10 +93,10 @@ def clamp_bounds(node: onnx.NodeProto, view: GraphView) -> tuple[float, float] |
     bounds = [-float("inf"), float("inf")]
     for index, name in enumerate(node.input[1:3]):
         if name:
-            value = view.constant(name)
+            value = view.scalars.get(name)
             if value is None:
                 return None
-            bounds[index] = float(value)
+            bounds[index] = value
     return bounds[0], bounds[1]
 
 
