@@ -59,7 +59,7 @@ def transferred(
             model,
             task,
             objective,
-            # A fresh head has further to go than a share of its norm at each step.
+            # A fresh head has further to go than a share of its norm at each step, and a pass or so to get there.
             Training(epochs=epochs, optimizer="sgd", learning_rate=learning_rate),
             seed=seed,
             validate=validation_metric(task),
