@@ -134,6 +134,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
                 (Recovery, "recover", clock.wrap("train", Recovery.recover)),
                 (Device, "compare", clock.wrap("measure", Device.compare)),
                 (Device, "memory_bytes", clock.wrap("measure", Device.memory_bytes)),
+                (Device, "savings", clock.wrap("measure", Device.savings)),
                 (forecast, "measure_variants", clock.wrap("measure", measure_variants)),
                 (forecast, "measure_model", clock.wrap("measure", measure_model)),
                 (forecast.Forecast, "predict", clock.wrap("predict", forecast.Forecast.predict)),

@@ -1,12 +1,10 @@
 """How far from the optimum are the sampler's plans after 100 evaluations, on spaces whose optimum is known?
 
-The spaces are those of `synthetic_spaces`, whose losses add up. Up to 100 decisions the optimum is that of the integer
-program, proven; above, it is a bound that no plan can beat (Lagrange multipliers, the inner minimum exactly, by dynamic
-programming over the stages), so that regret is overstated a little. The true losses are what a trial is told; the table
-that a sampler starts from is either the truth or is wrong: each loss times a lognormal factor, and removed blocks
-believed to be twice as harmless as they are. Optuna's samplers use the table to project their plans onto the budget and
-not otherwise, and are shown beside the exact one. Regret is the loss of the best plan so far over the optimum's, minus
-one.
+The spaces are those of `synthetic_spaces`, whose losses add up; the optimum is that of the integer program, proven. The
+true losses are what a trial is told; the table that a sampler starts from is either the truth or is wrong: each loss
+times a lognormal factor, and removed blocks believed to be twice as harmless as they are. Optuna's samplers use the
+table to project their plans onto the budget and not otherwise, and are shown beside the exact one. Regret is the loss
+of the best plan so far over the optimum's, minus one.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from common import parser, write_rows
-from synthetic_spaces import lower_bound, network, space_of, table_of
+from synthetic_spaces import network, space_of, table_of
 
 SIZES = (20, 60, 200)
 EVALUATIONS = 100
@@ -29,7 +27,6 @@ BUDGETS: Mapping[str, Mapping[str, float]] = {
     "latency+size": {"latency": 0.4, "size": 0.3},
 }
 _BIAS = 0.5
-_PROVEN = 100
 
 
 def main() -> None:
@@ -114,11 +111,9 @@ def regret(size: int, shares: Mapping[str, float], noise: float, method: str, se
 
 
 def optimum(graph: Any, space: Any, table: Any, limits: dict[str, float]) -> float:
-    """The least loss within limits, or a bound below it where the integer program would take too long."""
+    """The least loss within limits."""
     from automl_compress.search.decode import Decoder
 
-    if len(space.decisions) > _PROVEN:
-        return lower_bound(graph, space, table, limits)
     found = Decoder(space, graph, table).solve(table.quality, limits, gap=1e-6, exhaustive=True)
     assert found is not None
     return float(found.loss)
