@@ -2,12 +2,12 @@
 
 Every route is a ladder of cuts (`search_peers`), and the largest of them whose 8-bit model was measured within the
 budget is taken; of a route that reaches no such model the fastest, which misses the budget. The search is that of part
-(a) by predictions that are corrected as the product corrects them, by plans about the budget that were measured. As
-there the best plans and the plans that it started from are measured, milder variants of the best are evaluated and
-measured, too, and those that are within the budget are put in order by the product's one-shot metric and go up the
-product's ladder of short distillations. Then all get the same distillation, calibration and export: the product's
-defaults without the last stage, training with rounding. The test images are read once a model. In the end all models
-take turns in one run of bursts beside the original.
+(a), but by predictions from lowered models, corrected by plans about the budget that were measured, both as in the
+product. As there the best plans and the plans that it started from are measured, milder variants of the best are
+evaluated and measured, too, and those that are within the budget are put in order by the product's one-shot metric and
+go up the product's ladder of short distillations. Then all get the same distillation, calibration and export: the
+product's defaults without the last stage, training with rounding. The test images are read once a model. In the end
+all models take turns in one run of bursts beside the original.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Deliveries:
         ladder: float | None,
         seeds: int,
     ) -> None:
-        self.laboratory, self.progress, self._seeds, self._ladder = laboratory, progress, seeds, ladder
+        self.laboratory = replace(laboratory, lowered=True, original=laboratory.forecast.predict(Plan()))
+        self.progress, self._seeds, self._ladder = progress, seeds, ladder
         self._folder = cache / "models"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._ratios = Lines(cache / "cuts.jsonl")

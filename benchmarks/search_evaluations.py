@@ -189,7 +189,7 @@ def seeds(laboratory: Laboratory, share: float) -> dict[str, Plan]:
     return first_plans(
         laboratory.space,
         laboratory.table.quality,
-        lambda plan: budget.met(laboratory.predict(plan)),
+        lambda plan: max(budget.constraints(laboratory.predict(plan)).values()),
         milp(laboratory, share),
     )
 
@@ -236,8 +236,9 @@ def code_version() -> str:
 
 
 def margin_text(laboratory: Laboratory) -> str:
-    """What tells searches by corrected predictions from others, in keys."""
-    return "" if laboratory.margin == 1 else f" x{laboratory.margin:g}"
+    """What tells searches by other predictions apart, in keys."""
+    lowered = " lowered" if laboratory.lowered else ""
+    return lowered if laboratory.margin == 1 else f"{lowered} x{laboratory.margin:g}"
 
 
 def _code() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -172,7 +173,7 @@ class Campaign:
     def seeds(self) -> Mapping[str, Plan]:
         """The plans that every search starts from, by label, as they were before any trial."""
         if self._seeds is None:
-            self._seeds = first_plans(self.space, self.table.quality, self.fits, self._first_optimum())
+            self._seeds = first_plans(self.space, self.table.quality, self._excess, self._first_optimum())
         return self._seeds
 
     def _first_optimum(self) -> Plan | None:
@@ -240,11 +241,15 @@ class Campaign:
     def fits(self, plan: Plan) -> bool:
         """Whether the plan meets the budget: as measured, or as predicted with some room for the prediction's error.
         A plan whose finished model was rejected doesn't."""
+        return self._excess(plan) <= 0
+
+    def _excess(self, plan: Plan) -> float:
+        """By what share the plan is over the budget that it is furthest over; 0 or less where it fits."""
         if plan.key in self.rejected:
-            return False
-        if plan.key in self.measured:
-            return self.budget.met(self.measured[plan.key])
-        return self.aim.met(self.predict(plan))
+            return math.inf
+        known = plan.key in self.measured
+        over = self.budget.constraints(self.measured[plan.key]) if known else self.aim.constraints(self.predict(plan))
+        return max(over.values(), default=0.0)
 
     @property
     def aim(self) -> Budget:

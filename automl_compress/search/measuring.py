@@ -70,7 +70,7 @@ def about_the_budget(
     for scale in _SCALES:
         solution = decoder.solve(table.quality, {metric: scale * limit for metric, limit in limits.items()})
         plans += [solution.plan] if solution is not None else []
-        fewest = fewest_blocks(space, table.quality, low, partial(lambda most, plan: excess(plan) <= most, scale))
+        fewest = fewest_blocks(space, table.quality, low, partial(lambda most, plan: excess(plan) / most - 1, scale))
         plans += [fewest] if fewest is not None else []
     distinct = {space.plan_key(plan): plan for plan in plans}
     nearest = sorted(distinct.values(), key=lambda plan: abs(math.log(excess(plan))))

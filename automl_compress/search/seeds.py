@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from automl_compress.core.plan import FULL_BITS, Plan
@@ -20,14 +20,15 @@ _STEPS = 7
 
 
 def first_plans(
-    space: SearchSpace, quality: Mapping[QualityKey, float], fits: Callable[[Plan], bool], milp: Plan | None
+    space: SearchSpace, quality: Mapping[QualityKey, float], excess: Callable[[Plan], float], milp: Plan | None
 ) -> dict[str, Plan]:
-    """Label -> plan: all that a search starts from. `milp`: the table's optimum, where there is one."""
+    """Label -> plan: all that a search starts from. `excess`: of `fewest_blocks`; `milp`: the table's optimum, where
+    there is one."""
     plans = simple_plans(space)
     if milp is not None:
         plans[MILP] = milp
     quantized = next((plan for name, plan in plans.items() if name.startswith(UNIFORM)), Plan())
-    fewest = fewest_blocks(space, quality, quantized, fits)
+    fewest = fewest_blocks(space, quality, quantized, excess)
     return plans if fewest is None else {**plans, FEWEST_BLOCKS: fewest}
 
 
@@ -65,18 +66,31 @@ def loosest_optimum(solve: Callable[[float], Plan | None], fits: Callable[[Plan]
 
 
 def fewest_blocks(
-    space: SearchSpace, quality: Mapping[QualityKey, float], start: Plan, fits: Callable[[Plan], bool]
+    space: SearchSpace, quality: Mapping[QualityKey, float], start: Plan, excess: Callable[[Plan], float]
 ) -> Plan | None:
-    """`start` without the blocks that cost least in quality alone, as few as make it fit; None if that doesn't help.
+    """`start` without as few blocks as make it fit, and of these those that cost little in quality alone; None if no
+    number of blocks is enough.
+
+    excess  by what share a plan is predicted to be over its budget: it fits at 0 or less
 
     The plan that somebody would make by hand. Where evaluations without training can't tell plans apart it is the
     mildest of them, since nothing else was touched.
     """
     removable = [d for d in space.decisions if d.kind == "drop" and True in d.options]
-    removable.sort(key=lambda d: (quality.get((d.name, True), math.inf), d.name))
-    order = [d.target for d in removable]
-    for count in range(1, len(order) + 1):
-        plan = replace(start, drop=start.drop | set(order[:count]))
-        if fits(plan):
-            return plan
-    return None
+    loss = {d.target: quality.get((d.name, True), math.inf) for d in removable}
+
+    def without(blocks: Iterable[str]) -> float:
+        return excess(replace(start, drop=start.drop | set(blocks)))
+
+    alone = {block: without([block]) for block in loss}
+    by_saving = sorted(loss, key=lambda block: (alone[block], loss[block], block))
+    count = next((n for n in range(1, len(loss) + 1) if without(by_saving[:n]) <= 0), None)
+    if count is None:
+        return None
+    gone = set(by_saving[:count])
+    mildest = sorted(loss, key=lambda block: (loss[block], block))
+    for block in reversed(mildest):
+        milder = (other for other in mildest if loss[other] < loss[block] and other not in gone)
+        if block in gone:
+            gone = next((trial for other in milder if without(trial := gone - {block} | {other}) <= 0), gone)
+    return replace(start, drop=start.drop | gone)
