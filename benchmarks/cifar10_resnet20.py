@@ -61,7 +61,9 @@ def search(task: Any, budget: dict[str, str], folder: Path, epochs: float, trial
     models = {"original": folder / "original.onnx", "delivered": folder / "best.onnx"}
     for name, figures in result.baselines.items():
         assert figures.plan is not None
-        models[name] = folder / "candidates" / f"full-{figures.plan.key}.onnx"
+        trained = folder / "candidates" / f"full-{figures.plan.key}.onnx"
+        if trained.exists():  # others were only repaired
+            models[name] = trained
     with Device(load_profile("local")) as device:
         timings = device.compare(models, bursts=40)
     size = models["original"].stat().st_size
