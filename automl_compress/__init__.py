@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from automl_compress.core.plan import Plan
     from automl_compress.core.result import Figures, Result
     from automl_compress.errors import CompressError, InfeasibleError, InputError
-    from automl_compress.hardware.profile import DeviceProfile, load_profile
+    from automl_compress.hardware.profile.profile import DeviceProfile, load_profile
     from automl_compress.model.task import Task
     from automl_compress.model.transfer import Transfer
     from automl_compress.progress import Progress
-    from automl_compress.search.overview import describe_space
-    from automl_compress.search.recovering import recover
+    from automl_compress.search.campaign.overview import describe_space
+    from automl_compress.search.ladder.recovering import recover
 
 __version__ = "0.1.0"
 
@@ -58,12 +58,12 @@ _HOME = {
     "core.plan": ("Plan",),
     "core.result": ("Figures", "Result"),
     "errors": ("CompressError", "InfeasibleError", "InputError"),
-    "hardware.profile": ("DeviceProfile", "load_profile"),
+    "hardware.profile.profile": ("DeviceProfile", "load_profile"),
     "model.task": ("Task",),
     "model.transfer": ("Transfer",),
     "progress": ("Progress",),
-    "search.overview": ("describe_space",),
-    "search.recovering": ("recover",),
+    "search.campaign.overview": ("describe_space",),
+    "search.ladder.recovering": ("recover",),
 }
 
 

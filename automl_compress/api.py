@@ -18,24 +18,24 @@ from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.transfer import read_transferred
-from automl_compress.search import outcome
-from automl_compress.search.candidate import read_plan, rebuild, stored_quantization, student_width
-from automl_compress.search.cheapest import cheapest_model
-from automl_compress.search.contenders import make_student
-from automl_compress.search.directions import best_model
-from automl_compress.search.earlier_run import profile_names, read_run, rebudgeted
-from automl_compress.search.evaluate import Workbench
-from automl_compress.search.forecast import PROFILE, Forecast
-from automl_compress.search.foresight import Foreseen, foresee
-from automl_compress.search.front import front_models
-from automl_compress.search.learning import learn
-from automl_compress.search.measuring import calibrate
-from automl_compress.search.opening import load, open_campaign, open_device, open_forecast, task_name
-from automl_compress.search.options import TRIALS, Options
-from automl_compress.search.profiling import Profiled, profile_kernels, profile_network
-from automl_compress.search.settings import default_folder, effective_config, make_settings
-from automl_compress.search.standard import standard_models
-from automl_compress.search.study import trial_counts
+from automl_compress.search.campaign.earlier_run import profile_names, read_run, rebudgeted
+from automl_compress.search.campaign.foresight import Foreseen, foresee
+from automl_compress.search.campaign.learning import learn
+from automl_compress.search.campaign.measuring import calibrate
+from automl_compress.search.campaign.opening import load, open_campaign, open_device, open_forecast, task_name
+from automl_compress.search.campaign.options import TRIALS, Options
+from automl_compress.search.campaign.settings import default_folder, effective_config, make_settings
+from automl_compress.search.delivery import outcome
+from automl_compress.search.delivery.cheapest import cheapest_model
+from automl_compress.search.delivery.directions import best_model
+from automl_compress.search.delivery.front import front_models
+from automl_compress.search.evaluation.candidate import read_plan, rebuild, stored_quantization, student_width
+from automl_compress.search.evaluation.evaluate import Workbench
+from automl_compress.search.ladder.contenders import make_student
+from automl_compress.search.sampling.study import trial_counts
+from automl_compress.search.table.forecast import PROFILE, Forecast
+from automl_compress.search.table.profiling import Profiled, profile_kernels, profile_network
+from automl_compress.search.table.standard import standard_models
 
 
 def compress(

@@ -48,9 +48,9 @@ def main() -> None:
 def search(task: Any, budget: dict[str, str], folder: Path, epochs: float, trials: int) -> dict[str, dict[str, float]]:
     """Model -> accuracy on test, ratios of latency and size to the original."""
     from automl_compress import compress
-    from automl_compress.hardware.device import Device
-    from automl_compress.hardware.profile import load_profile
-    from automl_compress.hardware.timer import ratio
+    from automl_compress.hardware.device.device import Device
+    from automl_compress.hardware.device.timer import ratio
+    from automl_compress.hardware.profile.profile import load_profile
     from automl_compress.progress import make_progress
 
     limits: Any = budget

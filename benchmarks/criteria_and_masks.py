@@ -49,7 +49,7 @@ def main() -> None:
 def both(task: Any, graph: Any, batches: Any, plan: Any, importance: str, seed: int) -> dict[str, float]:
     """Accuracy as cut and masked, accuracy repaired, and the repaired ONNX file's bytes as it is and compressed."""
     from automl_compress.deploy.export import Template
-    from automl_compress.search.student import Students
+    from automl_compress.search.evaluation.student import Students
     from automl_compress.techniques.prune import apply_plan, select_channels
     from automl_compress.techniques.sparsify import apply_masks, compressed_bytes
 

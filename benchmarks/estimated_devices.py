@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from automl_compress.core.plan import Plan
-from automl_compress.hardware.catalog import find
-from automl_compress.hardware.cost import CostModel
-from automl_compress.hardware.estimated import device_for
-from automl_compress.hardware.kernels import weight_bytes
+from automl_compress.hardware.device.kernels import weight_bytes
+from automl_compress.hardware.prediction.cost import CostModel
+from automl_compress.hardware.prediction.estimated import device_for
+from automl_compress.hardware.profile.catalog import find
 from automl_compress.model.task import Task, prepare
 from automl_compress.model.trace import trace
-from automl_compress.search.evaluate import Workbench
+from automl_compress.search.evaluation.evaluate import Workbench
 
 PROFILE = "cortex-m7-400mhz"
 # Blocks per stage -> name, milliseconds, KiB of RAM for activations, KiB of flash for weights.

@@ -26,16 +26,16 @@ from scipy.stats import spearmanr
 
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.sketcher import value_shapes
-from automl_compress.hardware.device import Device
-from automl_compress.hardware.profile import load_profile
-from automl_compress.hardware.timer import ratio
+from automl_compress.hardware.device.device import Device
+from automl_compress.hardware.device.timer import ratio
+from automl_compress.hardware.profile.profile import load_profile
 from automl_compress.model.task import Task, load_task, prepare
 from automl_compress.model.trace import trace
 from automl_compress.progress import make_progress
-from automl_compress.search.forecast import PROFILE, Forecast
-from automl_compress.search.pricing import random_plan
-from automl_compress.search.profiling import forecast_of, profile_network
-from automl_compress.search.space import load_space
+from automl_compress.search.space.space import load_space
+from automl_compress.search.table.forecast import PROFILE, Forecast
+from automl_compress.search.table.pricing import random_plan
+from automl_compress.search.table.profiling import forecast_of, profile_network
 from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, GraphView, layer_of
 from automl_compress.techniques.quantization.calibrate import activation_tensors
 from automl_compress.techniques.quantization.rewrite import quantize

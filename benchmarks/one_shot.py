@@ -47,10 +47,10 @@ def compress_one_shot(task: Any, *, rounds: int, seed: int) -> dict[int, tuple[A
     import torch
 
     from automl_compress.model.trace import trace
-    from automl_compress.search.rules import SpaceFile
-    from automl_compress.search.space import resolve
-    from automl_compress.search.student import Students
-    from automl_compress.search.widths import anchored_sensitivity, macs_table, refine
+    from automl_compress.search.evaluation.student import Students
+    from automl_compress.search.solvers.widths import anchored_sensitivity, macs_table, refine
+    from automl_compress.search.space.rules import SpaceFile
+    from automl_compress.search.space.space import resolve
 
     torch.manual_seed(seed)
     batches = first_images(task, CALIBRATION_IMAGES)

@@ -209,7 +209,7 @@ def memory(folder: Path, quick: bool) -> Figures:
 
 def peak_of(path: Path) -> float:
     """In a process of its own: the peak while calibrating, over what is allowed."""
-    from automl_compress.hardware.weighing import peak_bytes
+    from automl_compress.hardware.measuring.weighing import peak_bytes
     from automl_compress.techniques.quantization.calibrate import activation_tensors, observe
 
     warm = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
@@ -237,7 +237,7 @@ def peak_of(path: Path) -> float:
 def workbench(task: Any, executions: Any = None) -> Any:
     from automl_compress.model.task import prepare
     from automl_compress.model.trace import trace
-    from automl_compress.search.evaluate import Workbench
+    from automl_compress.search.evaluation.evaluate import Workbench
     from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS
 
     ready = prepare(task)
@@ -277,9 +277,9 @@ def runtimes_own(
 
 def latencies(models: Mapping[str, onnx.ModelProto], folder: Path) -> Figures:
     """Ratio to the float model, all in one run of alternating bursts on this machine."""
-    from automl_compress.hardware.device import Device
-    from automl_compress.hardware.profile import load_profile
-    from automl_compress.hardware.timer import ratio
+    from automl_compress.hardware.device.device import Device
+    from automl_compress.hardware.device.timer import ratio
+    from automl_compress.hardware.profile.profile import load_profile
 
     paths = {}
     for name, model in models.items():

@@ -102,7 +102,7 @@ class Laboratory:
 
         from automl_compress.model.task import load_task
         from automl_compress.model.trace import trace
-        from automl_compress.search.evaluate import Workbench
+        from automl_compress.search.evaluation.evaluate import Workbench
 
         self.folder, self.epochs, self.rounds = folder, epochs, rounds
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ class Laboratory:
     def _train(self, recipe: Recipe, share: int, seed: int) -> dict[str, Any]:
         from automl_compress.core.plan import Plan
         from automl_compress.recovery.modes import mode_of
-        from automl_compress.search.ladder import PRECISE, ROUNDING_RATE
+        from automl_compress.search.ladder.ladder import PRECISE, ROUNDING_RATE
         from automl_compress.techniques.training.loop import train
 
         record, weights = self._one_shot(share, seed)
@@ -171,7 +171,7 @@ class Laboratory:
 
     def _job(self, recipe: Recipe, plan: Any, weights: Path, seed: int) -> Any:
         from automl_compress.recovery.job import Job
-        from automl_compress.search.candidate import rebuild
+        from automl_compress.search.evaluation.candidate import rebuild
         from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
         from automl_compress.techniques.distillation.objective import Distillation
         from automl_compress.techniques.distillation.pairing import pair_layers

@@ -14,9 +14,9 @@ import numpy as np
 from search_evaluator import Lines
 
 from automl_compress import compress
-from automl_compress.hardware.device import Device
-from automl_compress.hardware.profile import load_profile
-from automl_compress.hardware.timer import ratio
+from automl_compress.hardware.device.device import Device
+from automl_compress.hardware.device.timer import ratio
+from automl_compress.hardware.profile.profile import load_profile
 from automl_compress.progress import Progress
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits" / "task.py"

@@ -61,9 +61,9 @@ def _timed(size: int, shares: dict[str, float], trials: int) -> list[float]:
 
     from automl_compress.core.budget import Budget, Cost
     from automl_compress.core.plan import Plan
-    from automl_compress.search.decode import Decoder, additive_loss
-    from automl_compress.search.sampler import make_sampler
-    from automl_compress.search.study import Objective, run_trials
+    from automl_compress.search.sampling.sampler import make_sampler
+    from automl_compress.search.sampling.study import Objective, run_trials
+    from automl_compress.search.solvers.decode import Decoder, additive_loss
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     graph = network(size)
@@ -113,13 +113,15 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
     """A row with seconds by part of one run, `outside` (share that is none of training, evaluating and measuring) and
     `outside_trials` (the same of the one-shot trials alone: proposing, predicting, keeping the study)."""
     from automl_compress import compress
-    from automl_compress.hardware.device import Device
-    from automl_compress.hardware.measure import measure_model, measure_variants
-    from automl_compress.search import forecast, learning, study
-    from automl_compress.search.budget_sampler import BudgetSampler
-    from automl_compress.search.evaluate import Workbench
-    from automl_compress.search.ladder import Recovery
-    from automl_compress.search.sensitivity import measure_joint, measure_sensitivity
+    from automl_compress.hardware.device.device import Device
+    from automl_compress.hardware.prediction.measure import measure_model, measure_variants
+    from automl_compress.search.campaign import learning
+    from automl_compress.search.evaluation.evaluate import Workbench
+    from automl_compress.search.ladder.ladder import Recovery
+    from automl_compress.search.sampling import study
+    from automl_compress.search.sampling.budget_sampler import BudgetSampler
+    from automl_compress.search.table import forecast
+    from automl_compress.search.table.sensitivity import measure_joint, measure_sensitivity
 
     spent: dict[str, float] = defaultdict(float)
     clock = _Exclusive(spent)

@@ -34,14 +34,14 @@ from search_peers import ROUTES, UNTOUCHED, cuts, eight_bits
 from search_training import recovered
 
 from automl_compress.core.plan import Plan
-from automl_compress.hardware.timer import ratio
+from automl_compress.hardware.device.timer import ratio
 from automl_compress.progress import Progress
 from automl_compress.recovery.names import DEFAULT_MODE
-from automl_compress.search.entrants import in_order, variants
-from automl_compress.search.halving import best_alike
-from automl_compress.search.measuring import about_the_budget
-from automl_compress.search.seeds import FEWEST_BLOCKS
-from automl_compress.search.timing import most_entrants, rungs
+from automl_compress.search.campaign.measuring import about_the_budget
+from automl_compress.search.campaign.timing import most_entrants, rungs
+from automl_compress.search.ladder.entrants import in_order, variants
+from automl_compress.search.ladder.halving import best_alike
+from automl_compress.search.sampling.seeds import FEWEST_BLOCKS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.training.settings import Training
 

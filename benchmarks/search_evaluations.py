@@ -26,13 +26,15 @@ from search_laboratory import Laboratory
 
 from automl_compress.core.plan import Plan
 from automl_compress.progress import Progress
-from automl_compress.search import arrays, budget_sampler, lagrange, moves, proposals, quick, surrogate, trials
-from automl_compress.search import seeds as first
-from automl_compress.search.decode import Decoder, solve
-from automl_compress.search.pricing import random_plan
-from automl_compress.search.sampler import make_sampler
-from automl_compress.search.seeds import MILP, first_plans, loosest_optimum
-from automl_compress.search.study import Objective, ranked, run_trials, seed_plans
+from automl_compress.search.sampling import budget_sampler, proposals, surrogate, trials
+from automl_compress.search.sampling import seeds as first
+from automl_compress.search.sampling.sampler import make_sampler
+from automl_compress.search.sampling.seeds import MILP, first_plans, loosest_optimum
+from automl_compress.search.sampling.study import Objective, ranked, run_trials, seed_plans
+from automl_compress.search.solvers import lagrange, moves, quick
+from automl_compress.search.solvers.decode import Decoder, solve
+from automl_compress.search.table import arrays
+from automl_compress.search.table.pricing import random_plan
 
 OURS = "budget"
 OUR_CODE = (arrays, budget_sampler, first, lagrange, moves, proposals, quick, surrogate, trials)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.runtime import OnnxModel
-from automl_compress.search.evaluate import Workbench
+from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.techniques.prune import apply_plan, select_channels
 from automl_compress.techniques.quantization.calibrate import activation_tensors
 from automl_compress.techniques.quantization.tune import Calibration, Quantization, quantized

@@ -16,19 +16,19 @@ from search_evaluator import Evaluator, Lines
 
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
-from automl_compress.hardware.device import Device
-from automl_compress.hardware.profile import load_profile
+from automl_compress.hardware.device.device import Device
+from automl_compress.hardware.profile.profile import load_profile
 from automl_compress.model.task import load_task
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
-from automl_compress.search.dominated import drop_dominated
-from automl_compress.search.evaluate import Workbench
-from automl_compress.search.forecast import SEARCH, Forecast
-from automl_compress.search.pricing import additive_table
-from automl_compress.search.profiling import forecast_of
-from automl_compress.search.sensitivity import single
-from automl_compress.search.space import SearchSpace, load_space
-from automl_compress.search.table import AdditiveTable, QualityKey
+from automl_compress.search.evaluation.evaluate import Workbench
+from automl_compress.search.space.space import SearchSpace, load_space
+from automl_compress.search.table.dominated import drop_dominated
+from automl_compress.search.table.forecast import SEARCH, Forecast
+from automl_compress.search.table.pricing import additive_table
+from automl_compress.search.table.profiling import forecast_of
+from automl_compress.search.table.sensitivity import single
+from automl_compress.search.table.table import AdditiveTable, QualityKey
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cifar10_resnet20" / "task.py"
 CACHE = Path(__file__).resolve().parent / ".cache" / "search"

@@ -23,7 +23,7 @@ from torch import Tensor
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.progress import Progress
-from automl_compress.search.seeds import simple_plans
+from automl_compress.search.sampling.seeds import simple_plans
 from automl_compress.techniques.evidence import Evidence
 from automl_compress.techniques.importance import CRITERIA
 from automl_compress.techniques.prune import Ranking, select_channels

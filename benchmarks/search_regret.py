@@ -73,9 +73,9 @@ def regret(size: int, shares: Mapping[str, float], noise: float, method: str, se
 
     from automl_compress.core.budget import Budget, Cost
     from automl_compress.core.plan import Plan
-    from automl_compress.search.decode import Decoder, additive_loss
-    from automl_compress.search.sampler import make_sampler
-    from automl_compress.search.study import Objective, best_feasible, run_trials
+    from automl_compress.search.sampling.sampler import make_sampler
+    from automl_compress.search.sampling.study import Objective, best_feasible, run_trials
+    from automl_compress.search.solvers.decode import Decoder, additive_loss
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     graph = network(size)
@@ -112,7 +112,7 @@ def regret(size: int, shares: Mapping[str, float], noise: float, method: str, se
 
 def optimum(graph: Any, space: Any, table: Any, limits: dict[str, float]) -> float:
     """The least loss within limits."""
-    from automl_compress.search.decode import Decoder
+    from automl_compress.search.solvers.decode import Decoder
 
     found = Decoder(space, graph, table).solve(table.quality, limits, gap=1e-6, exhaustive=True)
     assert found is not None

@@ -8,7 +8,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.recovery.job import Job
 from automl_compress.recovery.modes import mode_of
 from automl_compress.recovery.names import DEFAULT_MODE
-from automl_compress.search.evaluate import Workbench
+from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers

@@ -75,8 +75,8 @@ def network(decisions: int) -> Any:
 
 def space_of(graph: Any) -> Any:
     """Sparsities in eighths, 8 or 32 bits a layer, and blocks that may be removed."""
-    from automl_compress.search.rules import SpaceFile
-    from automl_compress.search.space import resolve
+    from automl_compress.search.space.rules import SpaceFile
+    from automl_compress.search.space.space import resolve
 
     rules = [
         {"match": {"kind": "channel-group"}, "sparsity": [i / 8 for i in range(8)]},
@@ -90,7 +90,7 @@ def space_of(graph: Any) -> Any:
 def table_of(space: Any, graph: Any, seed: int) -> Any:
     """An `AdditiveTable` of random losses and staircase costs."""
     from automl_compress.core.plan import Plan
-    from automl_compress.search.table import AdditiveTable, LayerCost
+    from automl_compress.search.table.table import AdditiveTable, LayerCost
 
     rng = np.random.default_rng(seed)
     quality: dict[Any, float] = {}

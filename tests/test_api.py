@@ -23,9 +23,9 @@ from optuna.storages.journal import JournalFileBackend
 from automl_compress import api, cli
 from automl_compress.core.result import Result
 from automl_compress.errors import InputError, PlanError, RunFolderError
-from automl_compress.hardware.estimated import device_for
-from automl_compress.search import opening
-from automl_compress.search.evaluate import Workbench
+from automl_compress.hardware.prediction.estimated import device_for
+from automl_compress.search.campaign import opening
+from automl_compress.search.evaluation.evaluate import Workbench
 from tests import mortal, tiny
 from tests.search.campaigns import RULES
 from tests.search.device import TimelessRuntime

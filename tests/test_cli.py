@@ -20,8 +20,8 @@ from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures, Result
 from automl_compress.errors import InfeasibleError, InputError, TaskError, TrainingError
 from automl_compress.progress import Progress, SilentProgress
-from automl_compress.search.foresight import Foreseen
-from automl_compress.search.profiling import Profiled
+from automl_compress.search.campaign.foresight import Foreseen
+from automl_compress.search.table.profiling import Profiled
 
 ORIGINAL = Figures(metric=0.92, latency_us=750.0, size_bytes=1_100_000, memory_bytes=5_200_000)
 DELIVERED = Figures(metric=0.91, latency_us=290.0, size_bytes=300_000, memory_bytes=3_000_000, latency_ratio=0.387)

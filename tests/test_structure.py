@@ -29,6 +29,11 @@ RANKS = (
     ("cli",),
     ("__init__", "__main__"),
 )
+# The folders of a stage, in the same way.
+FOLDERS = {
+    "hardware": ("measuring", "profile", "device", "prediction"),
+    "search": ("space", "evaluation", "table", "solvers", "sampling", "campaign", "ladder", "delivery"),
+}
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 HEAVY = {"torch", "onnxruntime", "optuna"}
 WITHOUT_HEAVY = {"errors", "core", "data_files", "progress", "cli", "__init__", "__main__"}
@@ -80,6 +85,16 @@ def test_imports_point_downward(module: Path) -> None:
             assert rest, f"{name}: import from the module that defines it"
             target = rest[0] if rest[0] in RANK else "__init__"
             assert RANK[target] <= own, f"{_stage(module)} imports {name}, which lies above it"
+
+
+def test_imports_between_folders_point_downward(module: Path) -> None:
+    stage, *rest = module.relative_to(PACKAGE).parts
+    if stage in FOLDERS and len(rest) > 1:
+        for name in _imports(module):
+            parts = name.split(".")
+            if parts[:2] == [NAME, stage]:
+                own, other = (FOLDERS[stage].index(folder) for folder in (rest[0], parts[2]))
+                assert other <= own, f"{rest[0]} imports {name}, which lies above it"
 
 
 def test_light_modules_import_nothing_heavy(module: Path) -> None:

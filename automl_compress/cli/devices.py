@@ -24,7 +24,7 @@ commands = typer.Typer(help="Device profiles: list, show, check, compare, merge.
 @commands.command("list", help="List the profiles there are.")
 def _list(as_json: Json = False, debug: Debug = False) -> Action:
     def run(_api: Any) -> int:
-        from automl_compress.hardware.catalog import entries
+        from automl_compress.hardware.profile.catalog import entries
 
         found = [entry.to_json() for entry in entries()]
         if as_json:
@@ -44,8 +44,8 @@ def _list(as_json: Json = False, debug: Debug = False) -> Action:
 @commands.command("show", help="Show a profile and how far to trust it.")
 def _show(profile: Profile, as_json: Json = False, debug: Debug = False) -> Action:
     def run(_api: Any) -> int:
-        from automl_compress.hardware.catalog import find
-        from automl_compress.hardware.insight import overview
+        from automl_compress.hardware.profile.catalog import find
+        from automl_compress.hardware.profile.insight import overview
 
         found = overview(find(profile))
         print_result(json.dumps(found, indent=2) if as_json else _overview_text(found))
@@ -84,8 +84,8 @@ def _diff(
     debug: Debug = False,
 ) -> Action:
     def run(_api: Any) -> int:
-        from automl_compress.hardware.catalog import find
-        from automl_compress.hardware.insight import difference
+        from automl_compress.hardware.profile.catalog import find
+        from automl_compress.hardware.profile.insight import difference
 
         found = difference(find(first), find(second))
         print_result(json.dumps(found, indent=2) if as_json else _difference_text(found))
@@ -105,9 +105,9 @@ def _merge(
     debug: Debug = False,
 ) -> Action:
     def run(_api: Any) -> int:
-        from automl_compress.hardware.catalog import find
-        from automl_compress.hardware.merge import merge
-        from automl_compress.hardware.profile import DeviceProfile
+        from automl_compress.hardware.profile.catalog import find
+        from automl_compress.hardware.profile.merge import merge
+        from automl_compress.hardware.profile.profile import DeviceProfile
 
         sources = [find(file) for file in files]
         notes = merge(sources, output, name=name, description=description, compact=compact)
@@ -128,8 +128,8 @@ def _merge(
 
 def _checked(name: str, upgrade: bool) -> dict[str, Any]:
     """What `check` says of one file."""
-    from automl_compress.hardware.catalog import entry, path_of
-    from automl_compress.hardware.insight import warnings
+    from automl_compress.hardware.profile.catalog import entry, path_of
+    from automl_compress.hardware.profile.insight import warnings
 
     result: dict[str, Any] = {
         "file": name,

@@ -12,7 +12,7 @@ import typer
 from automl_compress.cli.action import Action
 from automl_compress.cli.options import Debug, Device, Json, Quiet, Weights
 from automl_compress.cli.output import display, print_result, stdout_to_stderr
-from automl_compress.search.options import Options
+from automl_compress.search.campaign.options import Options
 
 commands = typer.Typer()
 

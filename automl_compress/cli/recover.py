@@ -13,7 +13,7 @@ from automl_compress.cli.action import Action
 from automl_compress.cli.options import Debug, Json, Output, Quiet, Task, Training, Weights
 from automl_compress.cli.output import display, print_result, stdout_to_stderr
 from automl_compress.recovery.names import DEFAULT_MODE, NAMES, check_mode
-from automl_compress.search.options import EPOCHS
+from automl_compress.search.campaign.options import EPOCHS
 from automl_compress.techniques.distillation.losses import DEFAULT, parse_losses
 from automl_compress.techniques.training.settings import parse_training
 
@@ -41,7 +41,7 @@ def _recover(
         parse_losses(distillation)
         parse_training(training, epochs=epochs)
         with stdout_to_stderr(), display(quiet) as progress:
-            api = api or import_module("automl_compress.search.recovering")
+            api = api or import_module("automl_compress.search.ladder.recovering")
             found = api.recover(
                 task,
                 plan,

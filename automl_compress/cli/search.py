@@ -20,7 +20,7 @@ from automl_compress.errors import InputError
 from automl_compress.recovery.names import NAMES as MODES
 from automl_compress.recovery.names import check_mode
 from automl_compress.recovery.students import parse_students
-from automl_compress.search.options import EPOCHS, Options
+from automl_compress.search.campaign.options import EPOCHS, Options
 from automl_compress.techniques.distillation.losses import MIXED, NAMES, parse_losses
 from automl_compress.techniques.training.settings import parse_training
 

@@ -13,7 +13,7 @@ from automl_compress.cli.action import Action
 from automl_compress.cli.options import Debug, Json, Quiet, Task, Weights
 from automl_compress.cli.output import display, print_result, stdout_to_stderr, table
 from automl_compress.core.budget import format_metric
-from automl_compress.search.options import Options
+from automl_compress.search.campaign.options import Options
 
 _MANY = 6
 _WORDS = ("group", "sparsity", "block", "layer", "bits", "mask")
@@ -38,7 +38,7 @@ def _space(
 ) -> Action:
     def run(api: Any) -> int:
         with stdout_to_stderr(), display(quiet) as progress:
-            api = api or import_module("automl_compress.search.overview")
+            api = api or import_module("automl_compress.search.campaign.overview")
             found = api.describe_space(
                 task,
                 space=space,

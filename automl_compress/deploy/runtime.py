@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 
 from automl_compress.errors import ExportError
-from automl_compress.hardware.refusal import way_out
+from automl_compress.hardware.device.refusal import way_out
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _ERRORS_ONLY = 3

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.export import Template
-from automl_compress.hardware.sketch import Skeleton, Sketch
+from automl_compress.hardware.prediction.sketch import Skeleton, Sketch
 from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, GraphView, layer_of
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.placement import place

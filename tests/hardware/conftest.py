@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from automl_compress.hardware.device import Device
-from automl_compress.hardware.profile import DeviceProfile, load_profile
+from automl_compress.hardware.device.device import Device
+from automl_compress.hardware.profile.profile import DeviceProfile, load_profile
 from tests.hardware.simulated import FACTS, SimulatedRuntime
 
 

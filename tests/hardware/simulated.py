@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from automl_compress.hardware.host import HostFacts
+from automl_compress.hardware.profile.host import HostFacts
 
 FACTS = HostFacts(
     architecture="x86_64", cpu="Imaginary 9000", flags=("avx2", "fma"), cores=4, system="Linux 1", onnxruntime="1.32.0"

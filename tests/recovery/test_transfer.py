@@ -14,7 +14,7 @@ from automl_compress import api, recover
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import PlanError, TaskError
-from automl_compress.hardware.estimated import device_for
+from automl_compress.hardware.prediction.estimated import device_for
 from automl_compress.model.task import Task, prepare
 from automl_compress.model.transfer import Transfer, head_name, with_new_head
 from automl_compress.recovery.transfer import (
@@ -24,7 +24,7 @@ from automl_compress.recovery.transfer import (
     transferred,
     validation_metric,
 )
-from automl_compress.search import opening
+from automl_compress.search.campaign import opening
 from tests import tiny
 from tests.search.device import TimelessRuntime
 

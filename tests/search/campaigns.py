@@ -9,13 +9,13 @@ from pathlib import Path
 
 from automl_compress.core.budget import parse_budget
 from automl_compress.deploy.run_folder import RunFolder
-from automl_compress.hardware.device import Device
-from automl_compress.hardware.profile import load_profile
+from automl_compress.hardware.device.device import Device
+from automl_compress.hardware.profile.profile import load_profile
 from automl_compress.progress import SilentProgress
-from automl_compress.search.campaign import Campaign
-from automl_compress.search.evaluate import Workbench
-from automl_compress.search.rules import SpaceFile
-from automl_compress.search.space import SearchSpace, resolve
+from automl_compress.search.campaign.campaign import Campaign
+from automl_compress.search.evaluation.evaluate import Workbench
+from automl_compress.search.space.rules import SpaceFile
+from automl_compress.search.space.space import SearchSpace, resolve
 from tests.hardware.simulated import FACTS
 from tests.search.device import TimelessRuntime
 from tests.search.networks import NATIVE

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-from automl_compress.hardware import probe
+from automl_compress.hardware.measuring import probe
 
 _PROFILING_US = 2.0
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")

@@ -9,9 +9,9 @@ import numpy as np
 from automl_compress.core.budget import Cost
 from automl_compress.core.graph import Block, ChannelGroup, Graph, Layer, Place
 from automl_compress.core.plan import Plan
-from automl_compress.search.rules import SpaceFile
-from automl_compress.search.space import SearchSpace, resolve
-from automl_compress.search.table import AdditiveTable, LayerCost
+from automl_compress.search.space.rules import SpaceFile
+from automl_compress.search.space.space import SearchSpace, resolve
+from automl_compress.search.table.table import AdditiveTable, LayerCost
 
 NATIVE = {"conv": (8, 32), "linear": (8, 32)}
 

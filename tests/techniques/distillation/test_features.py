@@ -10,7 +10,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.errors import TrainingError
 from automl_compress.model.task import Task, prepare
 from automl_compress.model.trace import trace
-from automl_compress.search.student import Students
+from automl_compress.search.evaluation.student import Students
 from automl_compress.techniques.distillation.balance import STEPS
 from automl_compress.techniques.distillation.features import (
     adapted,

@@ -1,0 +1,335 @@
+"""Running a study: each trial is a plan that is priced first, and evaluated only if its prediction meets the budget.
+
+Everything that a trial decided and what came of it is in the study, so that a run that was stopped, killed, or joined
+by other processes goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from automl_compress.core.budget import METRICS, Budget, Cost
+from automl_compress.core.plan import Plan
+from automl_compress.errors import CompressError, Interrupted, PlanError, RunFolderError, TrainingError
+from automl_compress.search.sampling.sampler import trial_plan
+from automl_compress.search.sampling.storage import (
+    INTERRUPTED,
+    interrupted,
+    open_storage,
+    open_study,
+    requeue,
+    requeue_dead,
+    this_worker,
+    worker_is_dead,
+)
+from automl_compress.search.space.space import SearchSpace
+
+__all__ = [
+    "ADOPTED",
+    "Objective",
+    "adopt_trials",
+    "best_feasible",
+    "evaluated",
+    "evaluated_plans",
+    "join_study",
+    "open_study",
+    "ranked",
+    "run_trials",
+    "seed_plans",
+    "trial_counts",
+    "trial_plan",
+]
+
+Stopped = Literal["trials", "time", "exhausted"]
+Callback = Callable[[Study, FrozenTrial], None]
+Value = float | Sequence[float]
+ADOPTED = "adopted"
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a trial does with its plan.
+
+    predict   the cost model; decides whether the plan is evaluated at all
+    evaluate  the plan's quality in the study's direction; one number per direction
+    """
+
+    space: SearchSpace
+    budget: Budget
+    predict: Callable[[Plan], Cost]
+    evaluate: Callable[[Plan], Value]
+
+    def __call__(self, trial: optuna.Trial) -> Sequence[float]:
+        """Propose, predict, constrain, evaluate what is feasible and new. Constraints come before any early end."""
+        trial.set_user_attr("worker", this_worker())
+        choices: dict[str, Any] = {d.name: trial.suggest_categorical(d.name, d.options) for d in self.space.decisions}
+        plan = self.space.plan(choices)
+        cost = self.predict(plan)
+        constraints = self.budget.constraints(cost)
+        for metric, excess in constraints.items():
+            if math.isnan(excess):
+                raise CompressError(f"the predicted {metric} is not a number")
+            trial.set_constraint(metric, excess)
+        key = self.space.plan_key(plan)
+        trial.set_user_attr("plan", key)
+        trial.set_user_attr("predicted", {metric: cost.of(metric) for metric in METRICS})
+        if any(value > 0 for value in constraints.values()):
+            worst = max(constraints, key=lambda metric: constraints[metric])
+            trial.set_user_attr("reason", f"predicted {worst} is {constraints[worst]:.1%} above the budget")
+            raise optuna.TrialPruned
+        earlier = _evaluated(trial.study, key, trial.number)
+        if earlier is not None:
+            trial.set_user_attr("repeat_of", earlier.number)
+            if earlier.state == TrialState.PRUNED:
+                raise optuna.TrialPruned
+            return [float(v) for v in earlier.values]
+        value = self.evaluate(plan)
+        numbers: Sequence[float] = value if isinstance(value, Sequence) else (value,)
+        if any(math.isnan(number) for number in numbers):
+            raise TrainingError("the metric is not a number: training diverged")
+        return [float(number) for number in numbers]
+
+
+def run_trials(
+    study: Study,
+    objective: Objective,
+    n_trials: int | None,
+    *,
+    timeout: float | None = None,
+    callbacks: Iterable[Callback] = (),
+    failure_share: float = 0.5,
+    repeats: int = 20,
+    clock: Callable[[], float] = time.monotonic,
+    is_dead: Callable[[str], bool] = worker_is_dead,
+) -> Stopped:
+    """Run trials until the study has `n_trials` finished ones over all runs and workers, or the time is over.
+
+    Counted are completed, infeasible and failed trials; interrupted ones are run again. Returns why it stopped:
+    'exhausted' after as many `repeats`, plans that were evaluated before, in a row. A trial that fails is recorded with
+    its reason; CompressError when, of at least ten trials, more than `failure_share` failed. Interrupted on Ctrl-C,
+    with the trial in flight back in the queue. `timeout` is in seconds; the trial in flight is finished.
+    """
+    begun, repeated = clock(), 0
+    callbacks = tuple(callbacks)
+    while True:
+        requeue_dead(study, is_dead=is_dead)
+        if n_trials is not None and _claimed(study, is_dead) >= n_trials:
+            return "trials"
+        if timeout is not None and clock() - begun >= timeout:
+            return "time"
+        if repeated >= repeats:
+            return "exhausted"
+        trial = _one_trial(study, objective)
+        repeated = repeated + 1 if "repeat_of" in trial.user_attrs else 0
+        _check_failures(study, failure_share)
+        for callback in callbacks:
+            callback(study, trial)
+
+
+def _one_trial(study: Study, objective: Objective) -> FrozenTrial:
+    numbers: list[int] = []
+
+    def run(trial: optuna.Trial) -> Sequence[float]:
+        numbers.append(trial.number)
+        try:
+            return objective(trial)
+        except KeyboardInterrupt:
+            trial.set_user_attr(INTERRUPTED, True)
+            trial.set_user_attr("reason", "interrupted")
+            raise
+        except (CompressError, RuntimeError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            trial.set_user_attr("reason", reason[:500])
+            raise
+
+    try:
+        # `optimize` rather than ask and tell: it keeps the heartbeat of a trial in a database.
+        study.optimize(run, n_trials=1, catch=(CompressError, RuntimeError, MemoryError))
+    except KeyboardInterrupt:
+        if numbers:
+            requeue(study, _trial(study, numbers[0]))
+        raise Interrupted("interrupted: the same command goes on from here") from None
+    return _trial(study, numbers[0])
+
+
+def _trial(study: Study, number: int) -> FrozenTrial:
+    return next(t for t in study.get_trials(deepcopy=False) if t.number == number)
+
+
+def _evaluated(study: Study, key: str, number: int) -> FrozenTrial | None:
+    """The trial that evaluated this plan, if any did."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        if trial.number != number and trial.user_attrs.get("plan") == key and _feasible(trial):
+            return trial
+    return None
+
+
+def _feasible(trial: FrozenTrial) -> bool:
+    return bool(trial.constraints) and all(value <= 0 for value in trial.constraints.values())
+
+
+def _counted(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The finished trials, without those that were interrupted and take place again, or were adopted."""
+    trials = list(trials)
+    gone = interrupted(trials)
+    return [t for t in trials if t.state in _FINISHED and t.number not in gone and ADOPTED not in t.user_attrs]
+
+
+def _claimed(study: Study, is_dead: Callable[[str], bool]) -> int:
+    """Finished trials, and those that a live worker has in hand."""
+    trials = study.get_trials(deepcopy=False)
+    running = [t for t in trials if t.state == TrialState.RUNNING and "worker" in t.user_attrs]
+    return len(_counted(trials)) + sum(not is_dead(t.user_attrs["worker"]) for t in running)
+
+
+def _check_failures(study: Study, share: float) -> None:
+    counted = _counted(study.get_trials(deepcopy=False))
+    failed = [t for t in counted if t.state == TrialState.FAIL]
+    if len(counted) >= 10 and len(failed) > share * len(counted):
+        reason = failed[-1].user_attrs.get("reason", failed[-1].system_attrs.get("fail_reason", "unknown"))
+        raise CompressError(f"{len(failed)} of {len(counted)} trials failed, the last one because: {reason}")
+
+
+def seed_plans(study: Study, space: SearchSpace, plans: Mapping[str, Plan]) -> tuple[str, ...]:
+    """Queue plans to be tried first, each under its label ('original', 'uniform-int8', 'milp', ...).
+
+    Does nothing for a label that the study has, or a plan that is queued or was tried. Returns the labels of plans that
+    the space can't express.
+    """
+    trials = study.get_trials(deepcopy=False)
+    labels = {t.user_attrs["label"] for t in trials if "label" in t.user_attrs}
+    keys = {space.plan_key(plan) for t in trials if (plan := trial_plan(space, t)) is not None}
+    impossible = []
+    for label, plan in plans.items():
+        if label in labels:
+            continue
+        try:
+            params = space.params(plan)
+        except PlanError:
+            impossible.append(label)
+            continue
+        if space.plan_key(plan) not in keys:
+            study.enqueue_trial(dict(params), user_attrs={"label": label}, skip_if_exists=True)
+            keys.add(space.plan_key(plan))
+    return tuple(impossible)
+
+
+def adopt_trials(study: Study, objective: Objective, found: Iterable[tuple[Plan, float]]) -> int:
+    """Copy what was evaluated under other budgets into a study that has no trial yet; returns how many were copied.
+
+    Each plan is held against this study's budget by its predicted cost; the sampler learns from all of them. They don't
+    count as trials of this study. Plans that the space can't express are left out.
+    """
+    if study.get_trials(deepcopy=False):
+        return 0
+    keys: set[str] = set()
+    for plan, value in found:
+        key = objective.space.plan_key(plan)
+        if key in keys:
+            continue
+        try:
+            params = dict(objective.space.params(plan))
+        except PlanError:
+            continue
+        keys.add(key)
+        cost = objective.predict(plan)
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=params,
+                distributions=dict(objective.space.distributions()),
+                value=value,
+                constraints=objective.budget.constraints(cost),
+                user_attrs={
+                    ADOPTED: True,
+                    "plan": key,
+                    "predicted": {metric: cost.of(metric) for metric in METRICS},
+                },
+            )
+        )
+    return len(keys)
+
+
+def evaluated(study: Study) -> list[tuple[dict[str, float], float]]:
+    """(predicted cost by metric, value) of every plan that was evaluated, under this budget or another."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [(trial.user_attrs["predicted"], float(trial.values[0])) for trial in done]
+
+
+def evaluated_plans(study: Study, space: SearchSpace) -> list[tuple[Plan, float]]:
+    """The plans that this study itself evaluated, with their values."""
+    done = [
+        (trial_plan(space, trial), float(trial.values[0]))
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if ADOPTED not in trial.user_attrs and "repeat_of" not in trial.user_attrs
+    ]
+    return [(plan, value) for plan, value in done if plan is not None]
+
+
+def best_feasible(study: Study) -> FrozenTrial | None:
+    """The completed trial with the best value among those that meet the budget as predicted; None if there is none."""
+    return next(iter(_best_first(study)), None)
+
+
+def trial_counts(study: Study) -> dict[str, int]:
+    """How the trials ended: complete, infeasible, pruned, failed, interrupted; and running, waiting. 'reused' are those
+    that were run under other budgets, where there are any."""
+    counts = dict.fromkeys(("complete", "infeasible", "pruned", "failed", INTERRUPTED, "running", "waiting"), 0)
+    plain = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
+    trials = study.get_trials(deepcopy=False)
+    gone = interrupted(trials)
+    for trial in trials:
+        if ADOPTED in trial.user_attrs:
+            counts["reused"] = counts.get("reused", 0) + 1
+        elif trial.state == TrialState.PRUNED:
+            counts["pruned" if _feasible(trial) else "infeasible"] += 1
+        elif trial.state == TrialState.FAIL:
+            counts[INTERRUPTED if trial.number in gone else "failed"] += 1
+        else:
+            counts[plain[trial.state]] += 1
+    return counts
+
+
+def ranked(study: Study, k: int, *, apart: int = 2) -> list[FrozenTrial]:
+    """Up to `k` feasible trials, best first, that differ from each other in at least `apart` parameters.
+
+    Where there aren't enough such trials, the best of the others follow.
+    """
+    candidates = _best_first(study)
+    picked: list[FrozenTrial] = []
+    for trial in candidates:
+        if len(picked) < k and all(_distance(trial, other) >= apart for other in picked):
+            picked.append(trial)
+    others = [t for t in candidates if t not in picked]
+    return picked + others[: max(0, k - len(picked))]
+
+
+def _best_first(study: Study) -> list[FrozenTrial]:
+    sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(
+        (t for t in trials if _feasible(t) and "repeat_of" not in t.user_attrs),
+        key=lambda t: (-sign * float(t.values[0]), t.number),
+    )
+
+
+def _distance(one: FrozenTrial, other: FrozenTrial) -> int:
+    return sum(one.params.get(name) != other.params.get(name) for name in one.params.keys() | other.params.keys())
+
+
+def join_study(location: str, name: str, sampler: BaseSampler) -> Study:
+    """Open a study that another process started, for a worker. RunFolderError if there is none of that name."""
+    storage = open_storage(location)
+    known = optuna.get_all_study_names(storage)
+    if name not in known:
+        raise RunFolderError(f"{location} has no study {name!r}; it has: {', '.join(known) or 'none'}")
+    return optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner())
