@@ -17,6 +17,7 @@ from automl_compress.errors import InfeasibleError, InputError, Interrupted, Pla
 from automl_compress.model.task import Task, require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
+from automl_compress.recovery.own_student import make_student
 from automl_compress.recovery.transfer import read_transferred
 from automl_compress.search.campaign.earlier_run import profile_names, read_run, rebudgeted
 from automl_compress.search.campaign.foresight import Foreseen, foresee
@@ -31,7 +32,6 @@ from automl_compress.search.delivery.directions import best_model
 from automl_compress.search.delivery.front import front_models
 from automl_compress.search.evaluation.candidate import read_plan, rebuild, stored_quantization, student_width
 from automl_compress.search.evaluation.evaluate import Workbench
-from automl_compress.search.ladder.contenders import make_student
 from automl_compress.search.sampling.study import trial_counts
 from automl_compress.search.table.forecast import PROFILE, Forecast
 from automl_compress.search.table.profiling import Profiled, profile_kernels, profile_network

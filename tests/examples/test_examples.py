@@ -50,7 +50,7 @@ def test_the_transfer_example_learns_its_new_classes() -> None:
 def test_the_student_example_answers_like_its_teacher_at_any_width() -> None:
     check = (
         "from automl_compress.model.task import load_task\n"
-        "from automl_compress.search.ladder.contenders import make_student\n"
+        "from automl_compress.recovery.own_student import make_student\n"
         "t = load_task('student.py')\n"
         "print(*(sum(p.numel() for p in make_student(t, width, 0).parameters()) for width in (1, .5)))"
     )

@@ -16,13 +16,13 @@ from automl_compress.hardware.profile.profile import load_profile
 from automl_compress.model.task import Task, load_task, prepare, require_task_file, scarcity
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
+from automl_compress.recovery.own_student import make_student
 from automl_compress.recovery.students import OWN, WIDTHS, parse_students
 from automl_compress.recovery.transfer import in_words, transfer_in
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.settings import Settings
 from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.search.evaluation.identity import digest_of
-from automl_compress.search.ladder.contenders import make_student
 from automl_compress.search.sampling.sampler import SAMPLERS
 from automl_compress.search.space.rules import SpaceFile
 from automl_compress.search.space.space import SearchSpace, load_space, offered_bits, resolve

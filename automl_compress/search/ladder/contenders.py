@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
-import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import FULL_BITS, Plan
-from automl_compress.errors import CompressError, Interrupted, TaskError
+from automl_compress.errors import CompressError, Interrupted
 from automl_compress.hardware.device.timer import ratio
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task
 from automl_compress.model.trace import trace
-from automl_compress.recovery.students import OWN, SCRATCH, WIDTHS, of_fresh_weights, parse_students, require_own
+from automl_compress.recovery.own_student import make_student
+from automl_compress.recovery.students import OWN, SCRATCH, WIDTHS, of_fresh_weights, parse_students
 from automl_compress.recovery.transfer import validation_metric
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.settings import Settings
@@ -32,7 +32,6 @@ from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.search.ladder.ladder import FULL, Recovery
 from automl_compress.techniques.distillation.losses import DEFAULT
 from automl_compress.techniques.distillation.objective import Distillation
-from automl_compress.techniques.distillation.outputs import answers, require_match
 from automl_compress.techniques.distillation.pairing import pair_by_resolution
 from automl_compress.techniques.training.log import OnStep, shown_by
 from automl_compress.techniques.training.loop import train
@@ -174,26 +173,6 @@ class Contenders:
             checkpoint.unlink(missing_ok=True)
         student.load_state_dict(load_file(folder.file(*f"{name}.safetensors".split("/"))))
         return student.eval(), known["training"], float(known["seconds"])
-
-
-def make_student(task: Task, width: float, seed: int) -> nn.Module:
-    """The task's own student at a width, untrained; the same seed makes the same one.
-
-    Raises TaskError where `student(width)` fails, or doesn't answer as the teacher does.
-    """
-    require_own(task.student)
-    assert task.student is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            student = task.student(width)
-        except Exception as error:
-            raise TaskError(f"task: student({width:g}) raised {type(error).__name__}: {error}") from error
-    if not isinstance(student, nn.Module):
-        raise TaskError(f"task: student({width:g}) must return a torch.nn.Module, found {type(student).__name__}")
-    student = student.cpu().float()
-    require_match(answers(student, task, f"student({width:g})"), answers(task.model, task, "the model"))
-    return student
 
 
 def workbench_of(task: Task, like: Workbench) -> Workbench:

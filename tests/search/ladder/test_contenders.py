@@ -21,6 +21,7 @@ from automl_compress.deploy.runtime import OnnxModel
 from automl_compress.errors import CompressError, InputError, TaskError
 from automl_compress.hardware.prediction.estimated import device_for
 from automl_compress.model.task import load_task
+from automl_compress.recovery.own_student import make_student
 from automl_compress.recovery.students import parse_students
 from automl_compress.search.campaign import opening
 from automl_compress.search.campaign.campaign import Campaign
@@ -30,7 +31,7 @@ from automl_compress.search.delivery.deliver import verify
 from automl_compress.search.evaluation.candidate import Candidate, plan_file
 from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.search.ladder import contenders
-from automl_compress.search.ladder.contenders import Contenders, make_student
+from automl_compress.search.ladder.contenders import Contenders
 from automl_compress.search.ladder.ladder import Recovery
 from automl_compress.techniques.training.settings import Training
 from tests import tiny
