@@ -10,7 +10,7 @@ import pytest
 from automl_compress.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path for folder in (".", "docs", "*s") for path in ROOT.glob(f"{folder}/*.md"))
+PAGES = sorted(path for folder in (".", "*s") for path in ROOT.glob(f"{folder}/*.md"))
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 

@@ -16,14 +16,13 @@ import numpy as np
 import onnx
 
 from automl_compress.hardware.device.timer import burst_means, median_spread
+from automl_compress.hardware.profile.migrate import UNSAID
 
 # A kernel can't take less; what profiling adds to a node is known to about this.
 SMALLEST_US = 0.05
 _LAYOUT_DOMAIN = "com.microsoft.nchwc"
 _CONV_ATTRIBUTES = ("kernel_shape", "strides", "pads", "dilations", "group", "auto_pad")
 _WITHOUT_EFFECT = {"saturate", "auto_pad", "axis"}
-# Defaults of Quantize and Dequantize that only opsets from 21 on write out: what is executed is the same.
-_UNSAID = (("block_size", 0), ("output_dtype", 0), ("precision", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +179,9 @@ def _detail(node: onnx.NodeProto, constants: Sequence[str], reads: int) -> str:
         parts.append(_geometry(attributes))
     activation = _text(attributes.pop("activation", b""))
     told = {k: v for k, v in attributes.items() if k not in _CONV_ATTRIBUTES and k not in _WITHOUT_EFFECT}
-    rest = dict(item for item in told.items() if item not in _UNSAID)
+    rest = [word for k, v in sorted(told.items()) if (word := f"{k}={_text(v)}") not in UNSAID]
     if rest:
-        parts.append(" ".join(f"{k}={_text(v)}" for k, v in sorted(rest.items())))
+        parts.append(" ".join(rest))
     if "Conv" in node.op_type and reads > 1:
         parts.append("+add")
     if activation:

@@ -11,7 +11,8 @@ from automl_compress.errors import ProfileError
 
 VERSION = 2
 _VERSION_LINE = re.compile(r"(?m)^version:[ \t]*(\d+)")
-_UNSAID = {"block_size=0", "output_dtype=0", "precision=0"}
+# Defaults of Quantize and Dequantize that only opsets from 21 on write out: what is executed is the same.
+UNSAID = frozenset({"block_size=0", "output_dtype=0", "precision=0"})
 _FROM_1_TO_2 = """
 # What version 2 of the format added; the values are what version 1 stood for.
 provenance: measured
@@ -40,5 +41,5 @@ def upgraded(head: str, where: str) -> str:
 
 def upgraded_key(key: str) -> str:
     """A kernel's key as it is written today."""
-    parts = ([word for word in part.split(" ") if word not in _UNSAID] for part in key.split("|"))
+    parts = ([word for word in part.split(" ") if word not in UNSAID] for part in key.split("|"))
     return "|".join(" ".join(words) for words in parts if words)
