@@ -36,6 +36,7 @@ class Recipe:
     mode      the way to the plan, as --recovery writes it
     repair    whether the cut model's weights are refitted by least squares before; None: as the product decides
     rounding  share of the epochs, at the end, that are trained with rounding
+    views     whether the teacher answers for the mirror image, too, as the example's task asks
     """
 
     losses: str | None = None
@@ -43,11 +44,13 @@ class Recipe:
     mode: str = "fine-tune"
     repair: bool | None = None
     rounding: float = 0.0
+    views: bool = True
 
 
 # The most important first: a run that is stopped has those.
 RECIPES = {
     "default": Recipe(),
+    "default without mirror images": Recipe(views=False),
     "soft labels": Recipe(losses="soft"),
     "cross-entropy": Recipe(losses="task"),
     "default by SGD": Recipe(optimizer="sgd"),
@@ -179,7 +182,8 @@ class Laboratory:
 
         def objective(followed: Any) -> Distillation:
             pairs = pair_layers(self.graph, followed, self.bench.teacher)
-            return Distillation(self.task, self.bench.teacher, parse_losses(recipe.losses or DEFAULT), pairs)
+            task = self.task if recipe.views else replace(self.task, views=())
+            return Distillation(task, self.bench.teacher, parse_losses(recipe.losses or DEFAULT), pairs)
 
         cut = recipe.repair is False
         start = apply_plan(self.bench.teacher, self.graph, plan).eval() if cut else rebuild(self.bench, plan, weights)

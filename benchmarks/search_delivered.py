@@ -35,6 +35,7 @@ from search_training import recovered
 
 from automl_compress.core.plan import Plan
 from automl_compress.hardware.device.timer import ratio
+from automl_compress.model.views import view_name
 from automl_compress.progress import Progress
 from automl_compress.recovery.names import DEFAULT_MODE
 from automl_compress.search.campaign.measuring import about_the_budget
@@ -92,7 +93,8 @@ class Deliveries:
         self._first = Lines(cache / "seeds.jsonl")
         self._routes = cuts(laboratory, cache, progress, routes)
         # Models that were trained by other defaults aren't compared with these.
-        recipe = f"{Training()} {parse_losses(DEFAULT)!r} {DEFAULT_MODE}"
+        views = [view_name(view) for view in laboratory.bench.task.views]
+        recipe = f"{Training()} {parse_losses(DEFAULT)!r} {DEFAULT_MODE} {views}"
         self._recipe = hashlib.sha256(recipe.encode()).hexdigest()[:6]
 
     def measure_cuts(self) -> None:

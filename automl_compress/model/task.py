@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from automl_compress.errors import CompressError, TaskError
+from automl_compress.errors import TaskError
+from automl_compress.model.batches import as_batch, as_inputs, loader, reading
 from automl_compress.model.outputs import called, check_labels, checked_forward, require_loss
 from automl_compress.model.transfer import Transfer, with_new_head
+from automl_compress.model.views import View, seen
 
 Inputs = tuple[Tensor, ...]
 Batch = tuple[Inputs, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
 Metric = Callable[[Any, Tensor], float]
-BATCH_SIZE = 128
 FEW = 100  # validation samples, below which a reader should know how few they are
 
 
@@ -56,6 +56,9 @@ class Task:
                     `techniques.training.own_loop.Work`; it trains `work.model` in place
     teacher         what students learn from in the model's place, if anything: any module with the model's outputs,
                     trained, put into eval mode. Features are compared with the model's all the same
+    views           functions, called with a batch's inputs as the model is, that return others which mean the same, in
+                    the same shapes: mirror images, say. What the teacher answers is its mean over the inputs and their
+                    views. The same inputs must give the same view
     student         student(width) -> an untrained network of your own, which competes with what is cut from the model;
                     in a task file a function `student` beside `task`
     transfer        the model was trained for other classes: what it needs before it is the teacher of these
@@ -70,6 +73,7 @@ class Task:
     example_inputs: Any = None
     train_loop: Callable[[Any], Any] | None = None
     teacher: nn.Module | None = None
+    views: Sequence[View] = ()
     student: Callable[[float], nn.Module] | None = None
     transfer: Transfer | None = None
 
@@ -100,8 +104,8 @@ class Task:
 
         Raises TaskError where reading fails or yields something else.
         """
-        for number, batch in enumerate(_reading(getattr(self, split), split)):
-            yield _as_batch(batch, split, number)
+        for number, batch in enumerate(reading(getattr(self, split), split)):
+            yield as_batch(batch, split, number)
 
 
 def load_task(spec: str, *, weights: Path | None = None) -> Task:
@@ -151,18 +155,19 @@ def prepare(task: Task, *, weights: Path | None = None) -> Task:
     if task.transfer is not None:
         task = replace(task, model=with_new_head(copy.deepcopy(task.model), task.transfer))
     splits: dict[str, Any] = {
-        "train": _loader(task.train, "train", shuffle=True),
-        "validation": _loader(task.validation, "validation"),
+        "train": loader(task.train, "train", shuffle=True),
+        "validation": loader(task.validation, "validation"),
     }
     if task.test is not None:
-        splits["test"] = _loader(task.test, "test")
+        splits["test"] = loader(task.test, "test")
     task = replace(task, **splits)
     for split in ("train", "validation"):  # the test split is read once, for the delivered model
         _first(task, split)
     inputs = task.example_inputs if task.example_inputs is not None else _first(task, "validation")[0]
-    task = replace(task, example_inputs=_as_inputs(inputs, "example_inputs"))
+    task = replace(task, example_inputs=as_inputs(inputs, "example_inputs"))
     _check_forward(task)
     _check_loss(task)
+    _check_views(task)
     scarcity(task)
     return task
 
@@ -252,74 +257,10 @@ def _import(source: str) -> Any:
         raise TaskError(f"{source}: raised {type(error).__name__} while loading: {error}") from error
 
 
-def _loader(data: Any, split: str, *, shuffle: bool = False) -> Iterable[Any]:
-    if data is None:
-        raise TaskError(f"task: {split} data is missing")
-    if isinstance(data, DataLoader):
-        if isinstance(data.dataset, Sized) and len(data.dataset) == 0:
-            raise TaskError(f"task: {split} data is empty")
-        return data
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        if len(data[0]) != len(data[1]):
-            raise TaskError(f"task: {split} has {len(data[0])} inputs but {len(data[1])} targets")
-        data = TensorDataset(*data)
-    if isinstance(data, Dataset):
-        if len(data) == 0:  # type: ignore[arg-type]
-            raise TaskError(f"task: {split} data is empty")
-        return DataLoader(data, batch_size=BATCH_SIZE, shuffle=shuffle)
-    if isinstance(data, Iterator):
-        raise TaskError(
-            f"task: {split} can be read only once ({type(data).__name__}); give a DataLoader, Dataset or list"
-        )
-    if isinstance(data, Sized) and len(data) == 0:
-        raise TaskError(f"task: {split} data is empty")
-    if not isinstance(data, Iterable):
-        raise TaskError(
-            f"task: {split} must be a DataLoader, Dataset, list of batches or pair of tensors, "
-            f"found {type(data).__name__}"
-        )
-    return data
-
-
-def _reading(data: Iterable[Any], split: str) -> Iterator[Any]:
-    """What the user's data yield; what they raise as one line."""
-    iterator: Iterator[Any] | None = None
-    while True:
-        try:
-            iterator = iter(data) if iterator is None else iterator
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except CompressError:
-            raise
-        except Exception as error:
-            raise TaskError(f"task: reading {split} data raised {type(error).__name__}: {error}") from error
-        yield batch
-
-
 def _first(task: Task, split: str) -> Batch:
     for batch in task.batches(split):
         return batch
     raise TaskError(f"task: {split} data is empty: its loader yields no batch")
-
-
-def _as_inputs(value: Any, what: str) -> Inputs:
-    inputs = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not inputs or not all(isinstance(part, Tensor) for part in inputs):
-        found = ", ".join(type(part).__name__ for part in inputs) or "nothing"
-        raise TaskError(f"task: {what} must be a tensor or a tuple of tensors, found {found}")
-    return inputs
-
-
-def _as_batch(batch: Any, split: str, number: int) -> Batch:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TaskError(f"task: {split} batch {number} must be a pair (inputs, targets), found {type(batch).__name__}")
-    inputs, targets = batch
-    if not isinstance(targets, Tensor):
-        raise TaskError(f"task: {split} batch {number}: targets must be a tensor, found {type(targets).__name__}")
-    if len(targets) == 0:
-        raise TaskError(f"task: {split} batch {number} is empty")
-    return _as_inputs(inputs, f"{split} batch {number}: inputs"), targets
 
 
 def _check_forward(task: Task) -> None:
@@ -344,6 +285,16 @@ def _check_loss(task: Task) -> None:
         raise TaskError(f"the task's loss is {loss.item()} on the first train batch: check the loss and the data")
     if not loss.requires_grad:
         raise TaskError("the task's loss has no gradient: compute it from the outputs, without detach() or item()")
+
+
+def _check_views(task: Task) -> None:
+    """Raise TaskError where a view is no function, or shows the example inputs in another shape."""
+    if not isinstance(task.views, (list, tuple)):
+        raise TaskError(f"task: views must be a list of functions, found {type(task.views).__name__}")
+    for view in task.views:
+        if not callable(view):
+            raise TaskError(f"task: views must be functions of the model's inputs, found {type(view).__name__}")
+        seen(view, task.example_inputs)
 
 
 def _differentiable(output: Tensor) -> Tensor:

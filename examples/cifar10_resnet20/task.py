@@ -44,6 +44,11 @@ def augment(images: Tensor) -> Tensor:
     ].permute(0, 3, 1, 2)
 
 
+def mirrored(images: Tensor) -> Tensor:
+    """Every second image that is trained on is mirrored, so what the teacher says of both is averaged."""
+    return images.flip(3)
+
+
 def task(data: Path | None = None, weights: Path | None = None) -> Task:
     """The pretrained network with 22,500 training, 2,500 validation and all test images."""
     train, test = load_cifar10(data or Path(os.environ["AC_DATA_DIR"]))
@@ -57,4 +62,5 @@ def task(data: Path | None = None, weights: Path | None = None) -> Task:
         train=AugmentedBatches(train[0][rest], train[1][rest]),
         validation=(train[0][validation], train[1][validation]),
         test=test,
+        views=[mirrored],
     )

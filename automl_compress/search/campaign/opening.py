@@ -29,6 +29,7 @@ from automl_compress.search.space.space import SearchSpace, load_space, offered_
 from automl_compress.search.table.forecast import Forecast
 from automl_compress.search.table.profiling import forecast_of
 from automl_compress.techniques.distillation.outputs import answers, require_match
+from automl_compress.techniques.distillation.teacher import worth_of_views
 from automl_compress.techniques.training.log import shown_by
 
 
@@ -113,6 +114,9 @@ def _campaign_on(
     with RunFolder(folder, identity) as run_folder:
         opened(run_folder)
         loaded, space = _transferred(run_folder, loaded, space, progress, seed=int(options["seed"]))
+        if told := worth_of_views(loaded):
+            progress.note(told)
+            space = replace(space, notes=(*space.notes, told))
         yield Campaign(
             bench=Workbench(
                 loaded,

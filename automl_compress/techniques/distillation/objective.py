@@ -40,7 +40,8 @@ _ON_OUTPUTS = "no layer of the student tells what it reads; distil with losses o
 
 
 class Distillation:
-    """An `Objective`: what a student is to learn from `teacher` (eval mode, frozen) and from the task's targets.
+    """An `Objective`: what a student is to learn from `teacher` (eval mode, frozen; over the task's views) and from the
+    task's targets.
 
     Outputs are compared one by one: class scores by the named losses, anything else by its squared error. Class scores
     are the outputs of a task with the default loss and metric, and those that fit targets which are class numbers: the
@@ -71,7 +72,7 @@ class Distillation:
             raise TrainingError(f"distillation loss {self.losses.features[0]} has nothing to compare: {_ON_OUTPUTS}")
         layers = [pair.teacher for pair in self._pairs]
         apart = original is not None and original is not teacher and bool(layers)
-        self._teacher = Teacher(teacher, () if apart else layers, cache)
+        self._teacher = Teacher(teacher, () if apart else layers, cache, views=task.views)
         self._original = Teacher(original, layers) if original is not None and apart else None
         automatic = [name for name, weight in self.losses.weights.items() if weight is None]
         self._balance = Balance([name for name in automatic if name not in (SOFT, TASK)])
