@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Batch, Task
-from automl_compress.techniques.objective import Loss, Objective
+from automl_compress.techniques.objective import Loss, Memory, Objective
 
 START = 0.5
 
@@ -37,6 +37,9 @@ class Easiest:
 
     def modules(self) -> nn.Module | None:
         return self._objective.modules()
+
+    def memory(self) -> Memory | None:
+        return self._objective.memory()
 
     @torch.no_grad()
     def difficulty(self, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.model.task import Batch
-from automl_compress.techniques.objective import Loss, Objective
+from automl_compress.techniques.objective import Loss, Memory, Objective
 
 WIDEST = 16.0
 _SMALLEST = 1e-12
@@ -38,6 +38,9 @@ class Rounded:
 
     def modules(self) -> nn.Module | None:
         return self._objective.modules()
+
+    def memory(self) -> Memory | None:
+        return self._objective.memory()
 
     def widths(self) -> dict[str, tuple[float, int]]:
         """Parameter -> its bit-width for now, and the dimension of its outputs."""

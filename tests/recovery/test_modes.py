@@ -125,6 +125,9 @@ def test_weights_have_fewer_values_from_step_to_step() -> None:
         def modules(self) -> None:
             return None
 
+        def memory(self) -> None:
+            return None
+
     def on_step(report: StepReport) -> None:
         stages[report.label] = values[-1]
 
@@ -148,6 +151,9 @@ def test_cutting_out_what_end_to_end_masked_changes_nothing() -> None:
             return Loss(total=ready().loss_of(student(*batch[0]), batch[1]))
 
         def modules(self) -> None:
+            return None
+
+        def memory(self) -> None:
             return None
 
     def on_step(report: StepReport) -> None:
@@ -229,6 +235,9 @@ def test_the_easiest_samples_are_those_of_the_smallest_loss(own_loss: bool) -> N
             return Loss(total=student(*batch[0]).sum())
 
         def modules(self) -> None:
+            return None
+
+        def memory(self) -> None:
             return None
 
     images, classes = tiny.split(40, 7)

@@ -72,6 +72,7 @@ class Distillation:
             raise TrainingError(f"distillation loss {self.losses.features[0]} has nothing to compare: {_ON_OUTPUTS}")
         layers = [pair.teacher for pair in self._pairs]
         apart = original is not None and original is not teacher and bool(layers)
+        self._cache = cache
         self._teacher = Teacher(teacher, () if apart else layers, cache, views=task.views)
         self._original = Teacher(original, layers) if original is not None and apart else None
         automatic = [name for name, weight in self.losses.weights.items() if weight is None]
@@ -85,6 +86,9 @@ class Distillation:
     def modules(self) -> nn.Module | None:
         held = nn.ModuleDict({"balance": self._balance, "adapters": self._adapters})
         return held if self._balance.names or any(True for _ in self._adapters.parameters()) else None
+
+    def memory(self) -> AnswerCache | None:
+        return self._cache
 
     def __call__(self, student: nn.Module, batch: Batch) -> Loss:
         inputs, targets = batch

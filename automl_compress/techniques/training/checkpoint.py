@@ -25,9 +25,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write beside and rename: a kill leaves the old or the new one. Raises TrainingError if it can't be written."""
+    """The checkpoint is the old or the new one after a kill. Raises TrainingError if it can't be written."""
+    save_tensors(path, tensors, {"training": json.dumps({"version": VERSION, **facts})})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write beside and rename. Raises TrainingError if it can't be written."""
     part = path.with_name(path.name + ".part")
-    header = {"training": json.dumps({"version": VERSION, **facts})}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in tensors.items()}, part, header)

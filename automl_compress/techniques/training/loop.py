@@ -110,6 +110,7 @@ class _Run:
         average = Average(student, training.average) if training.average else None
         self.average = average
         self.trained = Trained(student, others, self.optimizer, average)
+        self.memory = objective.memory()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.gradients = Gradients(
             student, objective, self.placement, self.processes, parameters, self.held, training.clip
@@ -131,6 +132,8 @@ class _Run:
         with randomness.seeded(self.seed, self.generators):
             self.student.train()
             self.good = self.trained.copy()
+            if self.memory is not None:
+                self.memory.forget()
             self._resume()
             while self.step < self.steps and not self.keeper.patience_is_over:
                 self._advance()
@@ -212,6 +215,8 @@ class _Run:
         self.gradients.fit(batch, states, self.resources.memory_bytes)
         self.trained.put_back(self.good)
         randomness.restore(before, self.generators)
+        if self.memory is not None:
+            self.memory.forget()
         if self.gradients.micro is not None:
             self.notes.append(
                 f"batches of {len(batch[1])} are computed {self.gradients.micro} samples at a time, to fit in memory"
@@ -286,6 +291,7 @@ class _Run:
             "keeper": self.keeper.state(),
             "place": self.batches.place(),
             "random": randomness.capture(self.generators),
+            "memory": self.memory.write(path) if self.memory is not None else None,
         }
         save_checkpoint(path, tensors, facts)
 
@@ -293,7 +299,7 @@ class _Run:
         """Go on from the checkpoint, if there is one of this training."""
         path = self.resources.checkpoint
         found = load_checkpoint(path) if path else None
-        if found is None:
+        if path is None or found is None:
             return
         tensors, facts = found
         other = [name for name, value in self.identity.items() if facts["identity"].get(name) != value]
@@ -310,4 +316,6 @@ class _Run:
         self.good = without("good.", tensors)
         self.trained.put_back(without("now.", tensors))
         self.batches.resume(facts["place"])
+        if self.memory is not None and facts.get("memory") is not None:
+            self.memory.read(path, facts["memory"])
         randomness.restore(facts["random"], self.generators)

@@ -20,7 +20,7 @@ from torch import nn
 
 from automl_compress.errors import CompressError, TrainingError
 from automl_compress.model.task import Batch, Task
-from automl_compress.techniques.objective import Loss, Objective
+from automl_compress.techniques.objective import Loss, Memory, Objective
 from automl_compress.techniques.training import randomness
 from automl_compress.techniques.training.data import Batches
 from automl_compress.techniques.training.log import OnStep, Recorder, StepReport, TrainingLog
@@ -129,6 +129,9 @@ def run_own_loop(
     changing = masks if callable(masks) else None
     work = Work(model, objective, training, Batches(task, generators), held, changing, on_step, label, clock)
     before = {key: value.shape for key, value in live(model).items()}
+    memory = objective.memory()
+    if memory is not None:
+        memory.forget()
     with randomness.seeded(seed, generators):
         model.train()
         try:
@@ -168,3 +171,6 @@ class _Heard:
 
     def modules(self) -> nn.Module | None:
         return self._objective.modules()
+
+    def memory(self) -> Memory | None:
+        return self._objective.memory()

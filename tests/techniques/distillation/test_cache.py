@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from automl_compress.core.plan import Plan
+from automl_compress.errors import TrainingError
 from automl_compress.model.task import Task, prepare
 from automl_compress.model.trace import trace
 from automl_compress.techniques.distillation.cache import AnswerCache, digests
@@ -17,13 +21,13 @@ from automl_compress.techniques.distillation.losses import parse_losses
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.distillation.teacher import Teacher, samples_per_epoch
+from automl_compress.techniques.training.log import StepReport
 from automl_compress.techniques.training.loop import train
 from automl_compress.techniques.training.settings import Resources, Training
 from tests import tiny
 
 X = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 GRAPH = trace(tiny.teacher(), (X,))
-# In whole batches: what fits in memory is told from small ones, whose answers round differently and are remembered.
 EXACT = Resources(device="cpu", precision="float32", micro_batch=128)
 
 
@@ -59,14 +63,14 @@ def test_unique_samples_are_asked_about_every_time_and_take_no_memory() -> None:
     model, cache = Counting(), AnswerCache()
     teacher, wanted = Teacher(model, ["net.down"], cache), Teacher(Counting(), ["net.down"])((X,))
     teacher((X,), unique=8)
-    size = cache.bytes
+    size = cache.size_bytes
     known = teacher((X,), unique=8)
     torch.testing.assert_close(known.outputs["output"], wanted.outputs["output"])
     torch.testing.assert_close(known.features["net.down"], wanted.features["net.down"])
-    assert (model.samples, cache.hits, cache.bytes) == (24 + 8, 16, size)
+    assert (model.samples, cache.hits, cache.size_bytes) == (24 + 8, 16, size)
     teacher((X,))
     assert (model.samples, cache.hits) == (24 + 8 + 8, 16 + 16)
-    assert cache.bytes == pytest.approx(1.5 * size)
+    assert cache.size_bytes == pytest.approx(1.5 * size)
 
 
 def test_digests_know_bytes_types_and_shapes_but_not_memory_formats() -> None:
@@ -97,15 +101,15 @@ def test_memory_is_bounded_and_what_fits_is_kept() -> None:
     model, cache = Counting(), AnswerCache(limit_bytes=6000)
     teacher = Teacher(model, [], cache)
     teacher((X,))
-    assert 0 < cache.bytes <= 6000
-    kept = cache.bytes // (4 * 4 + 300)
+    assert 0 < cache.size_bytes <= 6000
+    kept = cache.size_bytes // (4 * 4 + 300)
     model.samples = 0
     teacher((X,))
     assert model.samples == len(X) - kept
-    assert cache.bytes <= 6000
+    assert cache.size_bytes <= 6000
     nothing = AnswerCache(limit_bytes=0)
     Teacher(model, [], nothing)((X,))
-    assert (nothing.bytes, nothing.hit_rate) == (0, 0.0)
+    assert (nothing.size_bytes, nothing.hit_rate) == (0, 0.0)
 
 
 def test_where_few_are_known_all_are_asked_about_and_the_new_ones_kept() -> None:
@@ -120,30 +124,51 @@ def test_where_few_are_known_all_are_asked_about_and_the_new_ones_kept() -> None
     assert (model.samples, cache.hits) == (24, 24)
 
 
-def test_it_turns_itself_off_after_an_epoch_without_hits_and_for_good_after_two_trainings() -> None:
+def test_it_turns_itself_off_after_an_epoch_without_hits() -> None:
     model, cache = Counting(), AnswerCache()
     teacher = Teacher(model, [], cache)
     cache.begin(43)
     teacher((X,))
-    teacher((X + 1,))
-    size = cache.bytes
-    teacher((X + 2,))
-    teacher((X + 2,))
-    assert (cache.hits, cache.bytes) == (0, size)  # neither kept nor found
+    assert cache.size_bytes > 0
+    for shift in (1, 2, 2):
+        teacher((X + shift,))
+    assert cache.hits == 0  # neither kept nor found
+    assert model.samples == 4 * len(X)
+
+
+def test_a_batch_that_an_earlier_training_asked_about_needs_no_teacher_and_waits_no_longer_than_that_can_be() -> None:
+    model, cache = Counting(), AnswerCache()
+    teacher = Teacher(model, [], cache)
+    for _ in range(3):
+        cache.begin(43)
+        first, second = teacher((X,)), teacher((X + 1,))
+        assert model.samples == 2 * len(X)
+        assert not torch.equal(first.outputs["output"], second.outputs["output"])
+    assert (cache.asked, cache.hits) == (6 * len(X), 4 * len(X))
+    cache.begin(43)
+    teacher((X[:23],))  # one sample less is another batch
+    assert model.samples == 2 * len(X) + 23
+    for shift in range(2, 20):
+        teacher((X + shift,))
+    model.samples = 0
     cache.begin(43)
     teacher((X,))
-    assert cache.hits == len(X)  # a second training with the same seed
-    for shift in (5, 6, 7):
-        teacher((X + shift,))
-    assert cache.bytes > size
-    cache.begin(43)
-    for shift in (8, 9):
-        teacher((X + shift,))
-    assert cache.bytes == 0
-    cache.begin(43)
-    teacher((X + 8,))
-    teacher((X + 8,))
-    assert cache.hits == len(X)
+    assert model.samples == len(X)
+
+
+def test_batches_that_wait_make_room_for_what_a_training_remembers() -> None:
+    model, cache = Counting(), AnswerCache(limit_bytes=8000)
+    teacher = Teacher(model, [], cache)
+    teacher((X,))
+    whole = cache.size_bytes
+    assert 4000 < whole <= 8000
+    cache.begin(None)
+    assert cache.size_bytes == whole
+    teacher((X + 1,))
+    assert cache.size_bytes == whole
+    model.samples = 0
+    teacher((X + 1,))
+    assert model.samples == 0
 
 
 def test_without_a_known_length_it_stays_on() -> None:
@@ -164,7 +189,7 @@ def test_answers_without_a_row_a_sample_are_asked_for_every_time() -> None:
     teacher = Teacher(Whole(), [], cache)
     teacher((X,))
     assert torch.equal(teacher((X[:5],)).outputs["output 1"], X[:5].mean())
-    assert (cache.hits, cache.bytes) == (0, 0)
+    assert (cache.hits, cache.size_bytes) == (0, 0)
 
 
 class Augmented:
@@ -179,7 +204,9 @@ class Augmented:
             yield images[index] + torch.randn(32, 1, 8, 8), classes[index]
 
 
-def trained(data: Any, cache: AnswerCache | None, epochs: float = 3, losses: str = "soft+features") -> nn.Module:
+def trained(
+    data: Any, cache: AnswerCache | None, epochs: float = 3, losses: str = "soft+features", seed: int = 5
+) -> nn.Module:
     model = tiny.teacher()
     ready = prepare(Task(model=model, train=data, validation=tiny.split(64, 2)))
     if cache is not None:
@@ -187,7 +214,7 @@ def trained(data: Any, cache: AnswerCache | None, epochs: float = 3, losses: str
     torch.manual_seed(3)
     student = tiny.Net(16)
     objective = Distillation(ready, model, parse_losses(losses), pair_layers(GRAPH, Plan(), model), cache)
-    train(student, ready, objective, Training(epochs=epochs), seed=5, resources=EXACT)
+    train(student, ready, objective, Training(epochs=epochs), seed=seed, resources=EXACT)
     return student
 
 
@@ -231,3 +258,67 @@ def test_epochs_are_counted_in_samples() -> None:
             return iter([tiny.split(9, 1)])
 
     assert samples_per_epoch(prepare(Task(model=tiny.teacher(), train=Unsized(), validation=tiny.split(9, 1)))) is None
+
+
+class Shuffled:
+    """Batches of the same samples in another order each time, some of them noisy: known ones are asked about again with
+    others that are not."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, classes = tiny.split(60, 1)
+        noisy = torch.where(torch.rand(60, 1, 1, 1) < 0.2, images + 0.1 * torch.randn_like(images), images)
+        for index in torch.randperm(60).split(13):
+            yield noisy[index], classes[index]
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(file: Path, stops: tuple[int, ...], *, limit_bytes: int) -> tuple[nn.Module, AnswerCache]:
+    """A student trained with a cache, stopped after these steps, each time in a new process as far as it can tell."""
+    model, resources = tiny.teacher(), replace(EXACT, checkpoint=file, checkpoint_seconds=0.0)
+    ready = prepare(Task(model=model, train=Shuffled(), validation=tiny.split(64, 2)))
+    for stop in (*stops, None):
+        cache = AnswerCache(limit_bytes)
+        cache.begin(60)
+        torch.manual_seed(3)
+        student = tiny.Net(16)
+        objective = Distillation(ready, model, parse_losses("soft+features"), pair_layers(GRAPH, Plan(), model), cache)
+
+        def on_step(report: StepReport, stop: int | None = stop) -> None:
+            if report.step == stop:
+                raise Stop
+
+        with suppress(Stop):
+            train(student, ready, objective, Training(epochs=3), seed=5, resources=resources, on_step=on_step)
+    return student, cache
+
+
+@pytest.mark.parametrize("limit_bytes", [1 << 20, 500_000, 0])
+def test_interrupted_and_resumed_is_uninterrupted_with_remembered_answers(tmp_path: Path, limit_bytes: int) -> None:
+    whole, cache = interrupted(tmp_path / "whole", (), limit_bytes=limit_bytes)
+    assert (cache.hit_rate > 0.3) == (limit_bytes > 0)
+    for stop in range(1, 15, 1 if limit_bytes else 5):
+        parts, _ = interrupted(tmp_path / f"at {stop}", (stop,), limit_bytes=limit_bytes)
+        assert equal(whole, parts), f"stopped after step {stop}"
+    assert equal(whole, interrupted(tmp_path / "often", (1, 3, 4, 9, 14), limit_bytes=limit_bytes)[0])
+
+
+def test_what_an_earlier_training_remembered_changes_no_bit(tmp_path: Path) -> None:
+    cache = AnswerCache()
+    alone = trained(tiny.split(128, 1), AnswerCache(), 2)
+    for seed in (5, 5, 6, 5):
+        cache.hits = 0
+        assert equal(trained(tiny.split(128, 1), cache, 2, seed=seed), alone) == (seed == 5)
+        assert cache.hits >= 128
+
+
+def test_damaged_answers_are_named(tmp_path: Path) -> None:
+    interrupted(tmp_path / "c", (4,), limit_bytes=1 << 20)
+    (tmp_path / "c.answers-1").write_bytes(b"none")
+    with pytest.raises(TrainingError, match=r"answers-1: .* missing or damaged .*; delete .*c to start anew"):
+        interrupted(tmp_path / "c", (), limit_bytes=1 << 20)

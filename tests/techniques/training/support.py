@@ -31,6 +31,9 @@ class Plain:
     def modules(self) -> None:
         return None
 
+    def memory(self) -> None:
+        return None
+
 
 def net(seed: int = 1) -> nn.Sequential:
     torch.manual_seed(seed)

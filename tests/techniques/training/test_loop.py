@@ -118,6 +118,9 @@ class Adapted:
     def modules(self) -> nn.Module:
         return self.adapter
 
+    def memory(self) -> None:
+        return None
+
 
 def test_what_the_objective_trains_itself_is_trained_and_its_parts_are_reported() -> None:
     objective, reports = Adapted(), []

@@ -59,6 +59,9 @@ def test_the_loss_sees_float32_and_the_student_computes_in_bfloat16() -> None:
         def modules(self) -> None:
             return None
 
+        def memory(self) -> None:
+            return None
+
     def validate(model: nn.Module) -> float:
         return -float(ready.loss_of(model(*ready.example_inputs), torch.zeros(len(ready.example_inputs[0])).long()))
 
