@@ -7,6 +7,9 @@ raised is a defect of this program.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class CompressError(Exception):
     """Base of all errors that a user can act on. `exit_code` is what the command line ends with."""
@@ -71,3 +74,9 @@ class Interrupted(CompressError):
     """The user stopped the run; everything up to here is in the run folder."""
 
     exit_code = 130
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that isn't known: the nearest of those that are, nothing where none is near."""
+    near = get_close_matches(name.lower(), list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

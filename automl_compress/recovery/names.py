@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from automl_compress.errors import InputError
+from automl_compress.errors import InputError, did_you_mean
 
 NAMES = {
     "fine-tune": "the plan is in force from the start",
@@ -17,5 +17,5 @@ DEFAULT_MODE = "fine-tune"
 def check_mode(name: str) -> str:
     """The name itself. Raises InputError if there is no such mode."""
     if name not in NAMES:
-        raise InputError(f"recovery {name!r} is unknown; choose one of {', '.join(NAMES)}")
+        raise InputError(f"recovery {name!r} is unknown; choose one of {', '.join(NAMES)}{did_you_mean(name, NAMES)}")
     return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from automl_compress.errors import InputError
+from automl_compress.errors import InputError, did_you_mean
 from automl_compress.techniques.training.settings import Training
 
 INHERITED, SCRATCH, OWN = "inherited", "scratch", "own"
@@ -28,7 +28,8 @@ def parse_students(text: str | None, *, has_own: bool = False) -> tuple[str, ...
     names = [name.strip() for name in text.split("+")]
     for name in names:
         if name not in NAMES:
-            raise InputError(f"students {text!r}: unknown student {name!r}; there are: {', '.join(NAMES)}")
+            near = did_you_mean(name, NAMES)
+            raise InputError(f"students {text!r}: unknown student {name!r}; there are: {', '.join(NAMES)}{near}")
     return tuple(name for name in dict.fromkeys(names) if name != INHERITED)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from automl_compress.core.graph import ChannelGroup
-from automl_compress.errors import SpaceError
+from automl_compress.errors import SpaceError, did_you_mean
 from automl_compress.techniques.evidence import Evidence
 
 Criterion = Callable[[Evidence, ChannelGroup], Tensor | None]
@@ -101,5 +101,7 @@ CRITERIA: dict[str, Criterion] = {
 def criterion(name: str) -> Criterion:
     """The criterion of that name. Raises SpaceError for an unknown one."""
     if name not in CRITERIA:
-        raise SpaceError(f"importance {name!r} is unknown; choose one of {', '.join(CRITERIA)}")
+        raise SpaceError(
+            f"importance {name!r} is unknown; choose one of {', '.join(CRITERIA)}{did_you_mean(name, CRITERIA)}"
+        )
     return CRITERIA[name]

@@ -44,8 +44,10 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 def test_every_mode_has_a_name_and_a_word() -> None:
     assert set(MODES) == set(NAMES)
-    with pytest.raises(InputError, match=r"'slow' is unknown; choose one of fine-tune, gradual"):
+    with pytest.raises(InputError, match=r"'slow' is unknown; choose one of fine-tune, .*from-scratch$"):
         mode_of("slow")
+    with pytest.raises(InputError, match=r"'gradul' is unknown; .*; did you mean gradual\?"):
+        mode_of("gradul")
 
 
 @pytest.mark.parametrize("mode", MODES)

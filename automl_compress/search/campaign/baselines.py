@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures
-from automl_compress.errors import CompressError, InputError
+from automl_compress.errors import CompressError, InputError, did_you_mean
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.evaluation.lines import append_line, read_lines
@@ -108,7 +108,9 @@ def beside_own(found: Baselines, campaign: Campaign, best: Candidate, own: Candi
 def check_effort(effort: str) -> None:
     """Raises InputError for anything but 'quick', 'full' or 'none'."""
     if effort not in EFFORTS:
-        raise InputError(f"unknown baselines {effort!r}: use one of {', '.join(EFFORTS)}")
+        raise InputError(
+            f"unknown baselines {effort!r}: use one of {', '.join(EFFORTS)}{did_you_mean(effort, EFFORTS)}"
+        )
 
 
 def compare(

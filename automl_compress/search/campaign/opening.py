@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from automl_compress.deploy.run_folder import RunFolder
-from automl_compress.errors import InputError
+from automl_compress.errors import InputError, did_you_mean
 from automl_compress.hardware.device.device import Device
 from automl_compress.hardware.device.remote import link_to
 from automl_compress.hardware.prediction.estimated import device_for
@@ -71,7 +71,8 @@ def open_campaign(
     """
     options = settings.options
     if options["sampler"] not in SAMPLERS:
-        raise InputError(f"unknown sampler {options['sampler']!r}: use one of {', '.join(SAMPLERS)}")
+        name = options["sampler"]
+        raise InputError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}{did_you_mean(name, SAMPLERS)}")
     if isinstance(task, str):
         require_task_file(task)
     rules = load_space(options["space"])

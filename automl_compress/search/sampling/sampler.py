@@ -17,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from automl_compress.core.budget import Budget
-from automl_compress.errors import InputError
+from automl_compress.errors import InputError, did_you_mean
 from automl_compress.search.sampling.budget_sampler import BudgetSampler
 from automl_compress.search.sampling.fitting import Fitting, Predict
 from automl_compress.search.sampling.trials import trial_plan
@@ -51,7 +51,7 @@ def make_sampler(
     """A sampler by its name: 'budget' (ours), 'tpe', 'gp', 'nsga2', 'cmaes' or 'random' (Optuna's, penalised), or one
     of these with ':project' behind it. InputError for any other."""
     if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
+        raise InputError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}{did_you_mean(name, SAMPLERS)}")
     if name == "budget":
         return BudgetSampler(space=space, decoder=decoder, limits=limits, predict=predict, original=original, seed=seed)
     plain = name.removesuffix(_PROJECTED)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from automl_compress.errors import InputError
+from automl_compress.errors import InputError, did_you_mean
 
 TASK = "task"
 SOFT = "soft"
@@ -61,7 +61,10 @@ class Losses:
             raise InputError(f"distillation needs at least one loss of: {', '.join(NAMES)}")
         for name, weight in self.weights.items():
             if name not in NAMES:
-                raise InputError(f"unknown distillation loss {name!r}; there are: {', '.join((*NAMES, MIXED))}")
+                known = (*NAMES, MIXED)
+                raise InputError(
+                    f"unknown distillation loss {name!r}; there are: {', '.join(known)}{did_you_mean(name, known)}"
+                )
             if weight is not None and not 0 <= weight < math.inf:
                 raise InputError(f"the weight of distillation loss {name} must be 0 or more, found {weight:g}")
         if all(weight == 0 for weight in self.weights.values()):

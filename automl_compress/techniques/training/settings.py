@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from automl_compress.errors import InputError
+from automl_compress.errors import InputError, did_you_mean
 
 Optimizer = Literal["muon", "sgd", "adamw"]
 Shape = Literal["one-cycle", "cosine", "constant"]
@@ -112,9 +111,8 @@ def parse_training(text: str, *, epochs: float) -> Training:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = (word.strip() for word in part.partition("="))
         if name not in hints:
-            near = get_close_matches(name, hints, n=1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"training {text!r}: unknown setting {name!r}; {meant}there are: {', '.join(hints)}")
+            there = f"there are: {', '.join(hints)}{did_you_mean(name, hints)}"
+            raise InputError(f"training {text!r}: unknown setting {name!r}; {there}")
         given[name] = _read(hints[name], value, f"training {text!r}: {name}")
     if given.get("optimizer") == "adamw":
         given.setdefault("learning_rate", ADAMW_RATE)
@@ -144,9 +142,11 @@ def _check_choices(settings: Any) -> None:
     for field in fields(settings):
         choices = get_args(hints[field.name])
         if choices and all(isinstance(choice, str) for choice in choices):
-            _require(settings, field.name, getattr(settings, field.name) in choices, f"one of {', '.join(choices)}")
+            found = getattr(settings, field.name)
+            near = did_you_mean(found, choices) if isinstance(found, str) else ""
+            _require(settings, field.name, found in choices, f"one of {', '.join(choices)}", near)
 
 
-def _require(settings: Any, name: str, holds: bool, what: str) -> None:
+def _require(settings: Any, name: str, holds: bool, what: str, near: str = "") -> None:
     if not holds:
-        raise InputError(f"training: {name} must be {what}, found {getattr(settings, name)!r}")
+        raise InputError(f"training: {name} must be {what}, found {getattr(settings, name)!r}{near}")

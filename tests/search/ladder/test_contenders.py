@@ -212,7 +212,9 @@ def test_students_are_named(text: str | None, has_own: bool, names: tuple[str, .
 
 
 def test_unknown_students_and_a_missing_one_are_refused(learned: Campaign) -> None:
-    with pytest.raises(InputError, match=r"unknown student 'scrtch'; there are: inherited, scratch, own"):
+    with pytest.raises(
+        InputError, match=r"unknown student 'scrtch'; there are: inherited, scratch, own; did you mean scratch\?"
+    ):
         parse_students("scrtch")
 
 

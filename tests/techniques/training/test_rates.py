@@ -107,12 +107,12 @@ def test_settings_are_read_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("optimiser=sgd", "unknown setting 'optimiser'; did you mean optimizer?"),
+        ("optimiser=sgd", "patience, rollbacks; did you mean optimizer?"),
         ("epochs=3", "unknown setting 'epochs'; there are: optimizer, learning_rate"),
         ("clip", "clip must be a number, found ''"),
         ("patience=1.5", "patience must be a whole number, found '1.5'"),
         ("decay_embeddings=1", "decay_embeddings must be true or false, found '1'"),
-        ("optimizer=adam", "optimizer must be one of muon, sgd, adamw, found 'adam'"),
+        ("optimizer=adam", "optimizer must be one of muon, sgd, adamw, found 'adam'; did you mean adamw?"),
         ("learning_rate=inf", "learning_rate must be above 0"),
     ],
 )
