@@ -13,12 +13,13 @@ from typing import Any
 import onnx
 
 from automl_compress.core.result import Result
-from automl_compress.errors import InfeasibleError, InputError, Interrupted, PlanError
-from automl_compress.model.task import Task, require_task_file
+from automl_compress.errors import InfeasibleError, Interrupted, PlanError
+from automl_compress.model.task import Task
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.own_student import make_student
 from automl_compress.recovery.transfer import read_transferred
+from automl_compress.search.campaign.asked import require_sense
 from automl_compress.search.campaign.earlier_run import profile_names, read_run, rebudgeted
 from automl_compress.search.campaign.foresight import Foreseen, foresee
 from automl_compress.search.campaign.learning import learn
@@ -245,13 +246,9 @@ def profile(
     """
     progress = progress or SilentProgress()
     wanted = [tasks] if isinstance(tasks, str | Task) else list(tasks)
-    if kernels not in (None, "standard"):
-        raise InputError(f"unknown kernels {kernels!r}: the only set is 'standard'")
-    if not wanted and kernels is None:
-        raise InputError("nothing to profile: name a task, or kernels='standard' (--kernels standard)")
-    for task in wanted:
-        if isinstance(task, str):
-            require_task_file(task)
+    require_sense(
+        wanted, kernels=kernels, profile=profile, device=device, space=space, threads=threads, weights=weights
+    )
     found = []
     with open_device(profile, device, progress, threads=threads) as place:
         place.profile.require_match()

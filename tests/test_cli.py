@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -446,13 +447,18 @@ PROFILED = Profiled(
 )  # fmt: skip
 
 
-def test_profile_passes_its_options_on_and_says_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_passes_its_options_on_and_says_what_was_found(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.py", "b.py"):
+        Path(name).touch()
     api = FakeApi([PROFILED])
-    line = "profile a.py b.py:make --kernels standard --profile p --device ssh://h --space s --threads 2 --seed 3"
+    line = "profile a.py b.py:make --kernels standard --profile local --device ssh://h --space cnn --threads 2 --seed 3"
     assert main(line.split(), api=api) == 0
     ((_, (tasks,), options),) = api.calls
     assert tasks == ["a.py", "b.py:make"]
-    expected = {"kernels": "standard", "profile": "p", "device": "ssh://h", "space": "s", "threads": 2, "seed": 3}
+    expected = {"kernels": "standard", "profile": "local", "device": "ssh://h", "space": "cnn", "threads": 2, "seed": 3}
     assert {name: options[name] for name in expected} == expected
     out = capsys.readouterr().out
     for part in (
@@ -468,8 +474,24 @@ def test_profile_passes_its_options_on_and_says_what_was_found(capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)[0]["worst_error"] == 0.04
 
 
-def test_profile_needs_something_to_profile(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profile"]) == 2
-    assert "name a task, or kernels='standard' (--kernels standard)" in capsys.readouterr().err
-    assert main(["profile", "--kernels", "odd"]) == 2
-    assert main(["profile", "no/such/task.py"]) == 2
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("", r"name a task, or kernels='standard' \(--kernels standard\)"),
+        ("--kernels odd", "unknown kernels 'odd'"),
+        ("no/such/task.py", "no/such/task.py: no such task file"),
+        ("--kernels standard --weights none.pt", "--weights none.pt: no such file"),
+        ("--kernels standard --space none", "no search space 'none'"),
+        ("--kernels standard --profile none", "no device profile 'none'"),
+        ("--kernels standard --device ssh://h --profile none", "no device profile 'none'"),
+        ("--kernels standard --device ftp://h", "ftp://h"),
+        ("--kernels standard --profile cortex-m7-400mhz", "nothing can be added to it here"),
+    ],
+)
+def test_bad_arguments_of_profile_are_refused_before_anything_slow_is_loaded(
+    line: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = FakeApi([PROFILED])
+    assert main(["profile", *line.split()], api=api) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not api.calls

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from automl_compress.errors import TaskError
 from automl_compress.model.batches import as_batch, as_inputs, loader, reading
 from automl_compress.model.outputs import called, check_labels, checked_forward, require_loss
+from automl_compress.model.task_file import split_spec
 from automl_compress.model.transfer import Transfer, with_new_head
 from automl_compress.model.views import View, seen
 
@@ -113,7 +114,7 @@ def load_task(spec: str, *, weights: Path | None = None) -> Task:
 
     `weights` (.safetensors, or .pt read with weights_only) replaces the model's parameters. Raises TaskError.
     """
-    source, _, function = spec.partition(":") if not _is_windows_path(spec) else (spec, "", "")
+    source, function = split_spec(spec)
     module = _import(source)
     name = function or "task"
     make = getattr(module, name, None)
@@ -131,13 +132,6 @@ def load_task(spec: str, *, weights: Path | None = None) -> Task:
     if task.student is None and callable(student):
         task = replace(task, student=student)
     return prepare(task, weights=weights)
-
-
-def require_task_file(spec: str) -> None:
-    """Raise TaskError at once, before anything slow, where a task file is named that doesn't exist."""
-    source = spec.partition(":")[0] if not _is_windows_path(spec) else spec
-    if (source.endswith(".py") or "/" in source) and not Path(source).is_file():
-        raise TaskError(f"{source}: no such task file")
 
 
 def prepare(task: Task, *, weights: Path | None = None) -> Task:
@@ -224,10 +218,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise TaskError(f"--weights {path}: doesn't fit the model: {' '.join(lines[:3])[:300]}") from error
-
-
-def _is_windows_path(spec: str) -> bool:
-    return len(spec) > 2 and spec[1] == ":" and spec[2] in "\\/" and spec.count(":") == 1
 
 
 def _import(source: str) -> Any:

@@ -119,18 +119,23 @@ class Device:
             )
         return self._lowered[key]
 
-    def compare(self, models: Mapping[str, Path], *, bursts: int | None = None) -> dict[str, Timing]:
+    def compare(
+        self, models: Mapping[str, Path], *, bursts: int | None = None, pace_us: float | None = None
+    ) -> dict[str, Timing]:
         """Latency of one sample for each model, measured in alternating bursts.
 
         The i-th values of all models were taken in the same turn, so `timer.ratio` cancels a drift. `bursts` per model
-        defaults to the profile's protocol.
+        defaults to the profile's protocol. With `pace_us`, times are as they would be at the clock at which the fixed
+        computation takes that long (`measure.profile_pace_us`): comparable with a profile's.
         """
         if not models:
             return {}
         paths = {name: str(Path(path).absolute()) for name, path in models.items()}
         request = {"do": "compare", "models": paths, "bursts": bursts or self.profile.header.protocol.bursts}
-        answer = self._ask("compare", request, "bursts_us", "runs")
-        return {name: timing(answer["bursts_us"][name], answer["runs"][name]) for name in models}
+        answer = self._ask("compare", request, "bursts_us", "runs", *(["pace_us"] if pace_us else []))
+        slower = float(np.median(answer["pace_us"])) / pace_us if pace_us else 1.0
+        bursts_us = {name: [us / slower for us in answer["bursts_us"][name]] for name in models}
+        return {name: timing(bursts_us[name], answer["runs"][name]) for name in models}
 
     def trace(self, model: Path) -> Trace:
         """A model's kernels and the whole, timed in the protocol's rounds, in turns with a fixed computation."""

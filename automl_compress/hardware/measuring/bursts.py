@@ -96,11 +96,13 @@ def in_turns(runners: dict[str, Callable[[], Any]], bursts: int, settings: Setti
         say({"progress": f"warmed up {name}"})
     names = list(runners)
     values: dict[str, list[float]] = {name: [] for name in names}
+    pace = []
     for turn in range(bursts):
+        pace.append(pace_us())
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             values[name].append(burst_us(runners[name], lengths[name], settings["discard"]))
             say({"progress": f"burst {turn + 1} of {name}"})
-    return {"bursts_us": values, "runs": lengths}
+    return {"bursts_us": values, "runs": lengths, "pace_us": pace}
 
 
 def lower(request: dict[str, Any], settings: Settings, _: Say) -> dict[str, Any]:

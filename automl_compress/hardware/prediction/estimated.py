@@ -49,7 +49,9 @@ class EstimatedDevice(Device):
             )
         return lowered
 
-    def compare(self, models: Mapping[str, Path], *, bursts: int | None = None) -> dict[str, Timing]:
+    def compare(
+        self, models: Mapping[str, Path], *, bursts: int | None = None, pace_us: float | None = None
+    ) -> dict[str, Timing]:
         """Predicted latency of one sample for each model: a single value without a spread."""
         costs = {name: self._cost(path) for name, path in models.items()}
         return {

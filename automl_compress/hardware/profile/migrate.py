@@ -41,5 +41,7 @@ def upgraded(head: str, where: str) -> str:
 
 def upgraded_key(key: str) -> str:
     """A kernel's key as it is written today."""
+    if not any(word in key for word in UNSAID):
+        return key
     parts = ([word for word in part.split(" ") if word not in UNSAID] for part in key.split("|"))
     return "|".join(" ".join(words) for words in parts if words)

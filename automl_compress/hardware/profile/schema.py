@@ -95,12 +95,15 @@ class KernelRecord:
             traffic_bytes=(*self.traffic_bytes, *other.traffic_bytes),
             count=count,
             provenance=self.provenance if self.provenance == other.provenance else "interpolated",
-            conditions="; ".join(dict.fromkeys(filter(None, _parts(self, other)))) or None,
+            conditions=_joined(self.conditions, other.conditions),
         )
 
 
-def _parts(*records: KernelRecord) -> list[str]:
-    return [part for record in records for part in (record.conditions or "").split("; ")]
+def _joined(first: str | None, second: str | None) -> str | None:
+    """What was special in either, each once."""
+    if first == second or not second:
+        return first
+    return "; ".join(dict.fromkeys([*(first.split("; ") if first else ()), *second.split("; ")]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +202,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     if not line.startswith("- "):
         raise ProfileError(f"{where}: a measurement line begins with '- {{', found {short(line)}; {_WAY_OUT}")
     try:
-        data = json.loads(line[2:], object_pairs_hook=_unique)
+        data = _DECODER.decode(line[2:])
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{where}: the line can't be read ({error}); {_WAY_OUT}") from error
     if not isinstance(data, dict):
@@ -215,6 +218,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"the field {twice!r} is given twice")
     return data
 
+
+# One for all lines: `json.loads` with a hook makes a new one each time, which takes as long as reading the line.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 _WANTED = {
     "finite_number": "must be a finite number",

@@ -13,7 +13,8 @@ from automl_compress.hardware.device.device import Device
 from automl_compress.hardware.device.remote import link_to
 from automl_compress.hardware.prediction.estimated import device_for
 from automl_compress.hardware.profile.profile import load_profile
-from automl_compress.model.task import Task, load_task, prepare, require_task_file, scarcity
+from automl_compress.model.task import Task, load_task, prepare, scarcity
+from automl_compress.model.task_file import require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
 from automl_compress.recovery.own_student import make_student

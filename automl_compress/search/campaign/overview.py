@@ -18,7 +18,8 @@ from automl_compress.core.plan import Plan
 from automl_compress.errors import ExportError, InputError
 from automl_compress.hardware.device.device import Device
 from automl_compress.hardware.device.kernels import Kernel
-from automl_compress.model.task import Task, require_task_file
+from automl_compress.model.task import Task
+from automl_compress.model.task_file import require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.search.campaign.opening import load, open_device, task_name

@@ -8,7 +8,8 @@ from pathlib import Path
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import InputError
-from automl_compress.model.task import Task, require_task_file, scarcity
+from automl_compress.model.task import Task, scarcity
+from automl_compress.model.task_file import require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode

@@ -83,6 +83,13 @@ def test_the_conditions_of_the_latest_measurement_are_kept(profile: DeviceProfil
     assert device.conditions == {"steal": 0.25}
 
 
+def test_compared_models_are_told_at_the_clock_that_is_asked_for(profile: DeviceProfile) -> None:
+    measured = {"ok": True, "bursts_us": {"a": [8.0, 12.0]}, "runs": {"a": 3}, "pace_us": [50.0, 60.0, 900.0]}
+    device, _ = asking(profile, measured, measured)
+    assert device.compare({"a": Path("a.onnx")})["a"].values_us == (8.0, 12.0)
+    assert device.compare({"a": Path("a.onnx")}, pace_us=30.0)["a"].values_us == (4.0, 6.0)
+
+
 def test_the_process_knows_the_profile_and_starts_when_it_is_needed(profile: DeviceProfile) -> None:
     launched: list[Mapping[str, Any]] = []
 
