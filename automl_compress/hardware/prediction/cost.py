@@ -26,14 +26,16 @@ from automl_compress.hardware.prediction.kernel_key import (
     reordered_bytes,
     runs_weight_only,
     traffic_bytes,
+    working_bytes,
 )
 from automl_compress.hardware.prediction.measure import measure_model
 from automl_compress.hardware.profile.profile import DeviceProfile
 from automl_compress.hardware.profile.schema import ModelRecord
 
 # What the runtime's allocator takes at first, the file and its copies, weights that are kept in another layout as well,
-# the activations, what is kept for each node and, beside it, for one in integers, and what unpacks weights.
-_MEMORY_PRIOR = (1.8e6, 1.7, 1.2, 1.8, 3e3, 2e4, 1.1e6)
+# the activations, what is kept for each node and, beside it, for one in integers, what unpacks weights, and what the
+# convolution in integers that needs most works with.
+_MEMORY_PRIOR = (1.8e6, 1.7, 1.2, 1.8, 3e3, 2e4, 1.1e6, 1.0)
 # Weighing repeats to a few percent and the prior is close, so that fewer models do than for the latency.
 _ENOUGH_WEIGHED = 4
 # What the correction's terms are called in the profile.
@@ -64,7 +66,7 @@ _TWO_SIDED_95 = 1.96
 class Tensors:
     """Bytes of a model: its file, its constants, those of them that the runtime puts into its blocked layout, the peak
     of activations that are alive at the same time, and what all kernels read and write in one run; how many kernels
-    compute in integers, and whether one unpacks weights."""
+    compute in integers, whether one unpacks weights, and what one needs besides at most to compute in integers."""
 
     file: float
     weights: float
@@ -73,6 +75,7 @@ class Tensors:
     traffic: float
     integer_nodes: float
     weight_only: bool
+    working: float
 
 
 class CostModel:
@@ -150,6 +153,7 @@ class CostModel:
             traffic=traffic_bytes(keys),
             integer_nodes=integer_nodes(keys),
             weight_only=runs_weight_only(keys),
+            working=working_bytes(keys),
         )
         return self.cost_of(total, len(keys), tensors)
 
@@ -172,7 +176,13 @@ class CostModel:
             return tensors.weights + tensors.activations
         return process(
             _memory_terms(
-                tensors.file, tensors.reordered, tensors.activations, nodes, tensors.integer_nodes, tensors.weight_only
+                tensors.file,
+                tensors.reordered,
+                tensors.activations,
+                nodes,
+                tensors.integer_nodes,
+                tensors.weight_only,
+                tensors.working,
             )
         )
 
@@ -299,16 +309,22 @@ def _fit_latency(records: Sequence[ModelRecord]) -> Fit:
 def _fit_memory(records: Sequence[ModelRecord]) -> Fit:
     rows, peaks = [], []
     for r in records:
-        if r.memory_bytes and r.integer_nodes is not None:
-            kept = (r.nodes, r.integer_nodes, bool(r.weight_only))
+        if r.memory_bytes and r.working_bytes is not None:
+            kept = (r.nodes, r.integer_nodes or 0, bool(r.weight_only), r.working_bytes)
             rows.append(_memory_terms(r.size_bytes, r.reordered_bytes or 0, r.activation_bytes, *kept))
             peaks.append(float(r.memory_bytes))
     return fit(rows, peaks, _MEMORY_PRIOR, nonnegative=True, enough=_ENOUGH_WEIGHED)
 
 
 def _memory_terms(
-    size_bytes: float, reordered_bytes: float, activation_bytes: float, nodes: float, integers: float, weight_only: bool
+    size_bytes: float,
+    reordered_bytes: float,
+    activation_bytes: float,
+    nodes: float,
+    integers: float,
+    weight_only: bool,
+    working: float,
 ) -> tuple[float, ...]:
     """What a process's memory is made of. Code that is read from the disk counts, too: that for unpacking weights takes
     a megabyte."""
-    return (1.0, size_bytes, reordered_bytes, activation_bytes, nodes, integers, float(weight_only))
+    return (1.0, size_bytes, reordered_bytes, activation_bytes, nodes, integers, float(weight_only), working)

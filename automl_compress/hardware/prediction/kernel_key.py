@@ -18,6 +18,7 @@ _VECTOR = 4
 _FEWEST_VECTORIZED = 16
 BLOCKED = ".nchwc"
 _INTEGER = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul")
+_INTEGER_CONVOLUTION = "QLinearConv"
 _WEIGHT_ONLY = "MatMulNBits"
 
 
@@ -142,6 +143,24 @@ def integer_nodes(keys: Iterable[str]) -> int:
 def runs_weight_only(keys: Iterable[str]) -> bool:
     """Whether weights of fewer bits are unpacked inside of a kernel: what does that takes memory, once for all."""
     return any(read_key(key).name == _WEIGHT_ONLY for key in keys)
+
+
+def working_bytes(keys: Iterable[str]) -> int:
+    """What the integer convolution that needs most keeps besides what it reads and writes: sums of 32 bits of all its
+    outputs, and, unless it is 1x1, the address of each row of inputs for each position."""
+    return max((_sums_bytes(read_key(key)) for key in keys if key.startswith(_INTEGER_CONVOLUTION)), default=0)
+
+
+def _sums_bytes(parts: KernelParts) -> int:
+    if not parts.outputs or not parts.weights:
+        return 0
+    written, area = parts.outputs[0].count, math.prod(parts.weights[0].shape[2:])
+    return working_bytes_of(written, parts.weights[0].shape[0], area)
+
+
+def working_bytes_of(written: int, channels: int, area: int) -> int:
+    """`working_bytes` of a convolution that writes so many numbers in so many channels by a kernel of that area."""
+    return 4 * written + (8 * area * written // max(channels, 1) if area > 1 else 0)
 
 
 def _tensors(text: str) -> tuple[Tensor, ...]:

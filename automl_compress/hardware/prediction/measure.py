@@ -25,6 +25,7 @@ from automl_compress.hardware.prediction.kernel_key import (
     reordered_bytes,
     runs_weight_only,
     traffic_bytes,
+    working_bytes,
 )
 from automl_compress.hardware.profile.profile import DeviceProfile
 from automl_compress.hardware.profile.schema import KernelRecord, ModelRecord
@@ -243,7 +244,7 @@ def weigh_models(
         show.advance()
         lowered = device.lowered(model)
         record = device.profile.model(lowered.key)
-        if record is None or (record.memory_bytes is not None and record.integer_nodes is not None):
+        if record is None or (record.memory_bytes is not None and record.working_bytes is not None):
             continue
         device.profile.require_match()
         keys = [kernel.key for kernel in lowered.kernels]
@@ -261,4 +262,5 @@ def _memory_facts(keys: Sequence[str]) -> dict[str, Any]:
         "reordered_bytes": reordered_bytes(keys),
         "integer_nodes": integer_nodes(keys),
         "weight_only": runs_weight_only(keys),
+        "working_bytes": working_bytes(keys),
     }

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import mul
 
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
 
 @dataclass(frozen=True, kw_only=True)
 class Skeleton:
@@ -92,14 +96,10 @@ class Sketch:
         moved: float = sum(map(mul, self.value_bytes, self.skeleton.readings))
         return moved + self.size_terms[0]
 
-    def live_bytes(self) -> float:
-        """The peak of values that are alive at the same time, were no node fused with another."""
-        last, sizes = self.skeleton.last_users, self.value_bytes
-        ends: dict[int, float] = {}
-        alive = peak = 0.0
-        for position, size in enumerate(sizes):
-            alive += size
-            peak = max(peak, alive)
-            ends[last[position]] = ends.get(last[position], 0.0) + size
-            alive -= ends.pop(position, 0.0)
-        return peak
+
+def fit_size(sketches: Sequence[Sketch], sizes: Sequence[int]) -> NDArray[np.float64]:
+    """Coefficients of `Sketch.size_terms` for the file's bytes, from structures whose size is known."""
+    terms = np.array([sketch.size_terms for sketch in sketches])
+    relative = terms / np.asarray(sizes, dtype=float)[:, None]
+    found, _ = nnls(relative, np.ones(len(sizes)))
+    return np.asarray(found, dtype=float)

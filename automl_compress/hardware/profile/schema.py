@@ -112,9 +112,10 @@ class ModelRecord:
 
     `key` is the digest of its structure, `family` that of the model that it is a variant of, `nodes` counts executed
     kernels, `integer_nodes` those that compute in integers, `weight_only` tells whether one unpacks weights,
+    `working_bytes` is what one of these needs at most besides what it reads and writes,
     `reordered_bytes` are the weights that the runtime puts into its blocked layout, `traffic_bytes` what all kernels
     read and write in one run, `pace_us` what a fixed computation takes at the clock that the times refer to
-    (all five None in older files), `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
+    (all six None in older files), `memory_bytes` is None if it wasn't measured. `predicted_us` is what the profile
     predicts from other models' kernels, or predicted before this model was measured, with the share `foreseen` of it
     from kernels that it had measured.
     """
@@ -132,6 +133,7 @@ class ModelRecord:
     reordered_bytes: Whole | None = None
     integer_nodes: Whole | None = None
     weight_only: Flag | None = None
+    working_bytes: Whole | None = None
     traffic_bytes: Whole | None = None
     pace_us: Positive | None = None
     memory_bytes: Whole | None = None

@@ -7,6 +7,7 @@ runtime made of others: about a millisecond, with an error of its own that is kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -15,7 +16,6 @@ from functools import cached_property
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import FULL_BITS, Plan
@@ -27,7 +27,13 @@ from automl_compress.hardware.prediction.cost import LATENCY_TERMS, CostModel, T
 from automl_compress.hardware.prediction.fit import Fit
 from automl_compress.hardware.prediction.foresee import foresee
 from automl_compress.hardware.prediction.interpolate import PriceList
-from automl_compress.hardware.prediction.kernel_key import integer_nodes, reordered_bytes, traffic_bytes
+from automl_compress.hardware.prediction.kernel_key import (
+    integer_nodes,
+    reordered_bytes,
+    traffic_bytes,
+    working_bytes_of,
+)
+from automl_compress.hardware.prediction.liveness import live_bytes
 from automl_compress.hardware.prediction.measure import (
     Filled,
     measure_again,
@@ -36,7 +42,7 @@ from automl_compress.hardware.prediction.measure import (
     spread_evenly,
     weigh_models,
 )
-from automl_compress.hardware.prediction.sketch import Sketch
+from automl_compress.hardware.prediction.sketch import Sketch, fit_size
 from automl_compress.hardware.prediction.surroundings import Sample, Surroundings
 from automl_compress.hardware.profile.schema import CorrectionRecord
 from automl_compress.progress import Progress, SilentProgress
@@ -158,10 +164,11 @@ class Forecast:
             file=float(np.dot(self._size_terms, sketch.size_terms)),
             weights=sketch.size_terms[0],
             reordered=self._reordered_share * self._blocked_bytes(sketch),
-            activations=self._activation_share * sketch.live_bytes(),
+            activations=self._activation_share * live_bytes(sketch),
             traffic=self._traffic_share * sketch.moved_bytes(),
             integer_nodes=self._integer_share * sum(sketch.integer),
             weight_only=self._weight_only(sketch),
+            working=self._working_bytes(sketch),
         )
         return self.costs.cost_of(total, nodes, tensors)
 
@@ -210,7 +217,7 @@ class Forecast:
             ]
             self._surroundings = Surroundings(samples, self.costs.prices)
             seen = [(lowered, size) for _, lowered, size in self._seen.values()]
-            self._size_terms = _fit_size(sketches, [size for _, size in seen])
+            self._size_terms = fit_size(sketches, [size for _, size in seen])
             blocked = sum(self._blocked_bytes(sketch) for sketch in sketches)
             found = sum(reordered_bytes(kernel.key for kernel in lowered.kernels) for lowered, _ in seen)
             self._reordered_share = found / blocked if blocked else 0.0
@@ -223,7 +230,7 @@ class Forecast:
             )
             activations = [lowered.activation_bytes for lowered, _ in seen]
             self._activation_share = float(
-                np.median([found / sketch.live_bytes() for found, sketch in zip(activations, sketches, strict=True)])
+                np.median([found / live_bytes(sketch) for found, sketch in zip(activations, sketches, strict=True)])
             )
         return self._surroundings
 
@@ -234,6 +241,18 @@ class Forecast:
             if name is not None and not sketch.integer[position] and layers[name].kernel:
                 total += layer_bytes(layers[name], (sketch.read[position], sketch.written[position], FULL_BITS))
         return total
+
+    def _working_bytes(self, sketch: Sketch) -> float:
+        """Of the convolution in integers that needs most."""
+        layers = self.bench.graph.layer
+        return max(
+            (
+                working_bytes_of(sketch.written_numbers[i], sketch.written[i], math.prod(layers[name].kernel))
+                for i, name in enumerate(sketch.skeleton.layers)
+                if name is not None and sketch.integer[i] and layers[name].kernel
+            ),
+            default=0,
+        )
 
     def _weight_only(self, sketch: Sketch) -> bool:
         """Whether a layer is to keep weights of fewer bits that a kernel unpacks."""
@@ -330,11 +349,3 @@ class Forecast:
 
     def _seen_sum(self, plan: Plan) -> float:
         return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).us
-
-
-def _fit_size(sketches: Sequence[Sketch], sizes: Sequence[int]) -> NDArray[np.float64]:
-    """Coefficients of `Sketch.size_terms` for the file's bytes, from structures whose size is known."""
-    terms = np.array([sketch.size_terms for sketch in sketches])
-    relative = terms / np.asarray(sizes, dtype=float)[:, None]
-    found, _ = nnls(relative, np.ones(len(sizes)))
-    return np.asarray(found, dtype=float)

@@ -10,6 +10,7 @@ import pytest
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.sketcher import value_shapes
 from automl_compress.hardware.device.device import Device
+from automl_compress.hardware.prediction.liveness import live_bytes
 from automl_compress.hardware.profile.profile import load_profile
 from automl_compress.progress import SilentProgress
 from automl_compress.search.table.forecast import Effort, Forecast
@@ -117,5 +118,5 @@ def test_a_sketch_marks_what_runs_in_integers(learned: Forecast) -> None:
     assert not any(full.quantized)
     marked = {layer for layer, integer in zip(small.skeleton.layers, small.integer, strict=True) if layer and integer}
     assert marked == layers
-    assert small.live_bytes() < full.live_bytes()
+    assert live_bytes(small) < live_bytes(full)
     assert small.size_terms[0] < full.size_terms[0]
