@@ -8,6 +8,8 @@ from typing import Any
 # A range of rounds of a tenth is what pyperf, too, calls unstable.
 UNTRUSTED_SPREAD = 0.10
 _BUSY = 0.10
+# Systems count processor time in hundredths of a second: in a short measurement a few of them look like a share.
+_SHORTEST_BUSY_S = 0.05
 _SHARED = 0.02
 _SLOW_CLOCK = 0.85
 _SWITCHES_A_SECOND = 100.0
@@ -16,7 +18,9 @@ _SWITCHES_A_SECOND = 100.0
 def troubles(conditions: Mapping[str, Any]) -> tuple[str, ...]:
     """What disturbed a measurement, by what `conditions.conditions` reports of it; empty if nothing did."""
     found = []
-    if conditions.get("pinned_others_busy", conditions.get("others_busy", 0.0)) > _BUSY:
+    seconds = max(float(conditions.get("seconds", 1.0)), 0.1)
+    busy = conditions.get("pinned_others_busy", conditions.get("others_busy", 0.0))
+    if busy > _BUSY and busy * seconds > _SHORTEST_BUSY_S:
         found.append("busy machine")
     if conditions.get("steal", 0.0) > _SHARED:
         found.append("stolen time")
@@ -26,7 +30,6 @@ def troubles(conditions: Mapping[str, Any]) -> tuple[str, ...]:
         found.append("quota")
     if 0 < conditions.get("khz", 0) < _SLOW_CLOCK * conditions.get("max_khz", 0):
         found.append("low clock")
-    seconds = max(float(conditions.get("seconds", 1.0)), 0.1)
     if conditions.get("involuntary_switches", 0) / seconds > _SWITCHES_A_SECOND:
         found.append("interruptions")
     return tuple(found)

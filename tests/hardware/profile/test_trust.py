@@ -11,6 +11,8 @@ from automl_compress.hardware.profile.trust import REMEDIES, advice, troubles
         ({}, ()),
         ({"seconds": 1.0, "pinned_others_busy": 0.01, "steal": 0.0, "involuntary_switches": 3}, ()),
         ({"pinned_others_busy": 0.4}, ("busy machine",)),
+        ({"seconds": 0.2, "pinned_others_busy": 0.2}, ()),
+        ({"seconds": 0.2, "pinned_others_busy": 0.4}, ("busy machine",)),
         ({"steal": 0.2}, ("stolen time",)),
         ({"thermal_throttles": 2}, ("heat",)),
         ({"throttled_seconds": 0.3}, ("quota",)),
