@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -42,8 +43,9 @@ from automl_compress.techniques.quantization.rewrite import quantize
 
 SPACES = {"encoder": "transformer"}
 _TURN = 7
-# Where a session's memory lies is worth a percent: each plan is measured in two.
-_SESSIONS = 2
+# Where a session's memory lies, and who else uses the caches in that minute, is worth a percent or more: each plan is
+# measured in sessions that are as far apart as measuring all others once.
+_SESSIONS = 3
 _SESSION_BURSTS = 9
 _ISOLATED_TURN = 60
 _ISOLATED_BURSTS = 5
@@ -130,23 +132,24 @@ def unseen_plans(forecast: Forecast, count: int, seed: int) -> list[Plan]:
 
 
 def latencies(forecast: Forecast, plans: Sequence[Plan]) -> tuple[list[float], list[float]]:
-    """(microseconds by plan, by how much two sessions of it differ), at the clock that the profile's figures refer to.
+    """(microseconds by plan, by how much its sessions differ), at the clock that the profile's figures refer to.
 
     Not beside the original: where its values don't fit into near caches, other users of the machine slow it down by a
     tenth for minutes while smaller plans stay as fast, and dividing by it would put that into every plan's time.
     """
     device, bench = forecast.device, forecast.bench
     pace_us = profile_pace_us(device.profile)
-    found, wavering = [], []
-    for start in range(0, len(plans), _TURN):
-        models = {str(i): bench.structure(plan) for i, plan in enumerate(plans[start : start + _TURN])}
-        with saved(device, models) as paths:
-            sessions = [device.compare(paths, bursts=_SESSION_BURSTS, pace_us=pace_us) for _ in range(_SESSIONS)]
-        for name in models:
-            medians = [timings[name].median_us for timings in sessions]
-            found.append(float(np.mean(medians)))
-            wavering.append(float(np.ptp(medians)) / found[-1])
-    return found, wavering
+    found: dict[int, list[float]] = defaultdict(list)
+    for _ in range(_SESSIONS):
+        for start in range(0, len(plans), _TURN):
+            models = {str(i): bench.structure(plan) for i, plan in enumerate(plans[start : start + _TURN], start)}
+            with saved(device, models) as paths:
+                timings = device.compare(paths, bursts=_SESSION_BURSTS, pace_us=pace_us)
+            for name, timing in timings.items():
+                found[int(name)].append(timing.median_us)
+    sessions = [found[i] for i in range(len(plans))]
+    means = [float(np.mean(medians)) for medians in sessions]
+    return means, [float(np.ptp(medians)) / mean for medians, mean in zip(sessions, means, strict=True)]
 
 
 def isolated(forecast: Forecast, plans: Sequence[Plan]) -> list[float]:
