@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from automl_compress.errors import CompressError, TaskError
 
 BATCH_SIZE = 128
+NO_BATCH = "its loader yields no batch; it must yield them all each time it is read"
 
 
 def loader(data: Any, split: str, *, shuffle: bool = False) -> Iterable[Any]:
@@ -55,7 +56,8 @@ def reading(data: Iterable[Any], split: str) -> Iterator[Any]:
         except CompressError:
             raise
         except Exception as error:
-            raise TaskError(f"task: reading {split} data raised {type(error).__name__}: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise TaskError(f"task: reading {split} data raised {type(error).__name__}: {reason}") from error
         yield batch
 
 

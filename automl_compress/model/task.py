@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from automl_compress.errors import TaskError
-from automl_compress.model.batches import as_batch, as_inputs, loader, reading
+from automl_compress.model.batches import NO_BATCH, as_batch, as_inputs, loader, reading
 from automl_compress.model.outputs import called, check_labels, checked_forward, require_loss
 from automl_compress.model.task_file import split_spec
 from automl_compress.model.transfer import Transfer, with_new_head
@@ -125,7 +125,8 @@ def load_task(spec: str, *, weights: Path | None = None) -> Task:
     try:
         task = make()
     except Exception as error:
-        raise TaskError(f"{source}: {name}() raised {type(error).__name__}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise TaskError(f"{source}: {name}() raised {type(error).__name__}: {reason}") from error
     if not isinstance(task, Task):
         raise TaskError(f"{source}: {name}() returned {type(task).__name__}; it must return automl_compress.Task")
     student = getattr(module, "student", None)
@@ -250,7 +251,7 @@ def _import(source: str) -> Any:
 def _first(task: Task, split: str) -> Batch:
     for batch in task.batches(split):
         return batch
-    raise TaskError(f"task: {split} data is empty: its loader yields no batch")
+    raise TaskError(f"task: {split} data is empty: {NO_BATCH}")
 
 
 def _check_forward(task: Task) -> None:

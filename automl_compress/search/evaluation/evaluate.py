@@ -22,6 +22,7 @@ from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.export import Template
 from automl_compress.deploy.runtime import OnnxModel
 from automl_compress.errors import TaskError
+from automl_compress.model.batches import NO_BATCH
 from automl_compress.model.outputs import arranged, check_labels, checked_forward
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task
@@ -279,7 +280,7 @@ def _limited(task: Task, split: str, samples: int) -> list[tuple[Inputs, Tensor]
         if left <= 0:
             break
     if not result:
-        raise TaskError(f"task: {split} data is empty: its loader yields no batch")
+        raise TaskError(f"task: {split} data is empty: {NO_BATCH}")
     return result
 
 

@@ -66,7 +66,7 @@ def require_match(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) 
         return
     names = [name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name)]
     told = "; ".join(f"{name}: {_told(shapes[1].get(name))} and {_told(shapes[0].get(name))}" for name in names[:3])
-    raise TrainingError(f"teacher and student outputs differ in shape: {told}")
+    raise TrainingError(f"teacher and student outputs differ in shape: {told}; both must return the same")
 
 
 def _told(shape: tuple[int, ...] | None) -> str:

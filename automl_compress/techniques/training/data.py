@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from automl_compress.errors import TaskError
+from automl_compress.model.batches import NO_BATCH
 from automl_compress.model.task import Batch, Task
 from automl_compress.techniques.training import randomness
 
@@ -89,7 +90,7 @@ class Batches:
     def _end(self) -> None:
         self._iterator = None
         if not self._used:
-            raise TaskError("task: train data is empty: its loader yields no batch")
+            raise TaskError(f"task: train data is empty: {NO_BATCH}")
         if self._read < self.length:
             self._note(f"a pass over the train data ended after {self._read} of {self.length} batches")
         self._read = 0

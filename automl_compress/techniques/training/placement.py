@@ -88,13 +88,13 @@ def device_of(name: str) -> torch.device:
 
 def precision_of(resources: Resources, device: torch.device) -> torch.dtype:
     """What was asked for; 'auto' is bfloat16 where the device multiplies it in hardware of its own (matrix units of
-    GPUs, and of processors with AMX; elsewhere it is slower), else float32."""
+    GPUs, and processors with AMX or AVX-512 BF16; elsewhere it is slower), else float32."""
     if resources.precision != "auto":
         return getattr(torch, resources.precision)  # type: ignore[no-any-return]
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = bool(torch.cpu._is_amx_tile_supported())
+        fast = bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -41,9 +41,9 @@ def test_loaders_without_a_length_are_counted() -> None:
 
 
 def test_data_that_fails_or_runs_dry_later_is_named() -> None:
-    with pytest.raises(TaskError, match="train data raised OSError: gone"):
-        fit(net(), task(train=Fickle(OSError("gone"))), epochs=9)
-    with pytest.raises(TaskError, match="empty"):
+    with pytest.raises(TaskError, match=r"train data raised OSError: gone$"):
+        fit(net(), task(train=Fickle(OSError("gone\nand more"))), epochs=9)
+    with pytest.raises(TaskError, match="empty: its loader yields no batch; it must yield them all each time"):
         fit(net(), task(train=Fickle([])), epochs=9)
 
 

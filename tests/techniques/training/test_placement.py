@@ -19,13 +19,14 @@ from tests.techniques.training.support import fit, same
 BFLOAT16 = Resources(device="cpu", precision="bfloat16")
 
 
-@pytest.mark.parametrize("matrix_units", [True, False])
-def test_a_processor_computes_in_bfloat16_where_it_has_matrix_units(
-    matrix_units: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("matrix_units", "instructions"), [(True, True), (False, True), (False, False)])
+def test_a_processor_computes_in_bfloat16_where_it_multiplies_it(
+    matrix_units: bool, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     cpu = torch.device("cpu")
-    assert precision_of(Resources(), cpu) == (torch.bfloat16 if matrix_units else torch.float32)
+    assert precision_of(Resources(), cpu) == (torch.bfloat16 if matrix_units or instructions else torch.float32)
     assert precision_of(Resources(precision="float32"), cpu) == torch.float32
     assert precision_of(Resources(precision="bfloat16"), cpu) == torch.bfloat16
 
