@@ -59,7 +59,6 @@ class Workbench:
         self.task, self.graph, self.importance, self.seed = task, graph, importance, seed
         self.executions = executions
         self._threads, self._repair_samples = threads, repair_samples
-        self._unseen_reference: list[Outputs] | None = None
         self.teacher = copy_model(task.model).cpu().float().eval()
 
     @cached_property
@@ -167,12 +166,22 @@ class Workbench:
     def quantization(self, model: nn.Module, plan: Plan, *, thorough: bool = False) -> Quantization:
         """What calibration on training samples decides for the plan's layers with fewer than 32 bits.
 
-        `thorough` tries several ways and keeps the one that is nearest to the original on other training samples.
+        `thorough` tries several ways and keeps the one that is nearest to the same model in 32 bits on other training
+        samples. Not to the original: next to what a cut changes, what rounding does is chance on so few samples.
         """
         bits = _low_bits(plan)
         if not bits:
             return Quantization()
-        return tune(self._calibration_of(model, plan), bits, self._unseen_distortion if thorough else None)
+        calibration = self._calibration_of(model, plan)
+        if not thorough:
+            return tune(calibration, bits)
+        inputs = head(self._unseen, _JUDGED)
+        reference = self._outputs(calibration.model, inputs)
+
+        def judge(tried: onnx.ModelProto) -> float:
+            return distance(self._outputs(tried, inputs), reference, self.task.classifies)
+
+        return tune(calibration, bits, judge)
 
     def trainable(self, model: nn.Module, plan: Plan, found: Quantization) -> FakeQuantized:
         """The plan's quantized model as one that can be trained. Raises ExportError if an operator prevents it."""
@@ -241,12 +250,6 @@ class Workbench:
     def _unseen(self) -> list[Inputs]:
         """Training samples that calibration has not seen; where there are too few, the last ones that it has."""
         return tail(self.samples, max(_JUDGED, sum(len(part[0]) for part in self.samples) - CALIBRATION_SAMPLES))
-
-    def _unseen_distortion(self, model: onnx.ModelProto) -> float:
-        inputs = head(self._unseen, _JUDGED)
-        if self._unseen_reference is None:
-            self._unseen_reference = self._outputs(self.original, inputs)
-        return distance(self._outputs(model, inputs), self._unseen_reference, self.task.classifies)
 
     def _outputs(self, model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[Outputs]:
         session = OnnxModel(model, self._threads)

@@ -2,8 +2,8 @@
 
 One pass gives the histograms of activations and the moments of layers' inputs; from these come ranges, weights rounded
 to keep the outputs (`rounding`) and corrected biases. With a judge, which says how far a quantized model is from the
-original on samples that calibration has not seen, more is tried and kept where it pays: other rules for the ranges, for
-all values and for single ones, and cross-layer equalisation.
+one in 32 bits on samples that calibration has not seen, more is tried and kept where it pays: other rules for the
+ranges, for all values and for single ones, and cross-layer equalisation.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def tune(calibration: Calibration, bits: Mapping[str, int], judge: Judge | None 
     reached = judge(quantized(model, bits, corrected, executions))
     if reached < _PAYS * distance:
         what = "8-bit weights rounded by what layers read, biases corrected"
-        note = f"{what}: distance from the original {distance:.3g} -> {reached:.3g}"
+        note = f"{what}: distance from 32 bits {distance:.3g} -> {reached:.3g}"
         best, distance = replace(corrected, notes=(note,)), reached
     for tensors in equalisations(calibration, bits):
         other = Calibration(with_tensors(model, tensors), calibration.feeds, executions)
@@ -198,7 +198,7 @@ def tune(calibration: Calibration, bits: Mapping[str, int], judge: Judge | None 
         found = replace(found, tensors={**tensors, **found.tensors})
         reached = judge(quantized(model, bits, found, executions))
         if reached < _PAYS * distance:
-            note = f"cross-layer equalisation: distance from the original {first:.3g} -> {reached:.3g}"
+            note = f"cross-layer equalisation: distance from 32 bits {first:.3g} -> {reached:.3g}"
             best, distance, calibration = replace(found, notes=(note,)), reached, other
     return _best_ranges(model, bits, best, distance, calibration.observers(bits), executions, judge)
 
@@ -274,7 +274,7 @@ def _best_ranges(
     for rule in RULES[1:]:
         reached = attempt(choices[rule])
         if reached < _PAYS * distance:
-            notes.append(f"ranges by {rule}: distance from the original {distance:.3g} -> {reached:.3g}")
+            notes.append(f"ranges by {rule}: distance from 32 bits {distance:.3g} -> {reached:.3g}")
             ranges, distance = choices[rule], reached
     for name in sorted(observers, key=lambda name: -_disagreement(name, choices))[:_SINGLE_VALUES]:
         for rule in RULES:

@@ -29,6 +29,7 @@ PLANS = {
         width=0.75, sparsity={"down": 0.5}, drop=frozenset({"block"}), bits={"stem": 8, "down": 8, "head": 8}
     ),
 }
+LAYERS = ("stem", "block.conv1", "block.conv2", "down", "head")
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,17 @@ def test_samples_that_are_no_numbers_are_named() -> None:
     bench = Workbench(replace(campaigns.ready(), train=train), campaigns.graph())
     with pytest.raises(TaskError, match="train batch 1 has NaN among its inputs"):
         _ = bench.samples
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_thorough_calibration_comes_nearer_to_the_same_model_in_32_bits(bench: Workbench, sparsity: float) -> None:
+    model, plan = bench.student(Plan(sparsity={"block.conv1": sparsity}, bits=dict.fromkeys(LAYERS, 8)))
+    images = torch.cat([inputs[0] for inputs in bench.samples])[-256:]
+    wanted = run(bench.export(model, replace(plan, bits={})), images)
+
+    def divergence(*, thorough: bool) -> float:
+        found = bench.export(model, plan, bench.quantization(model, plan, thorough=thorough))
+        p, q = (torch.from_numpy(outputs).log_softmax(1) for outputs in (wanted, run(found, images)))
+        return float((p.exp() * (p - q)).sum(1).mean())
+
+    assert divergence(thorough=True) < 0.9 * divergence(thorough=False)
