@@ -166,7 +166,8 @@ def test_training_that_makes_it_worse_is_undone(folder: RunFolder) -> None:
 def test_the_model_is_rebuilt_from_plan_and_weights(folder: RunFolder) -> None:
     bench = campaigns.bench()
     candidate, _ = recover(folder)
-    again = bench.export(rebuild(bench, candidate.plan, candidate.weights), candidate.plan)
+    found = stored_quantization(candidate.weights, candidate.ranges)
+    again = bench.export(rebuild(bench, candidate.plan, candidate.weights), candidate.plan, found)
     assert again.SerializeToString() == onnx.load(candidate.onnx).SerializeToString()
 
 
