@@ -15,6 +15,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from automl_compress.search.sampling.sampler import make_sampler
 from automl_compress.search.sampling.seeds import MILP, first_plans, loosest_optimum
 from automl_compress.search.sampling.study import Objective, ranked, run_trials, seed_plans
 from automl_compress.search.solvers import lagrange, moves, quick
-from automl_compress.search.solvers.decode import Decoder, solve
+from automl_compress.search.solvers.decode import Decoder
+from automl_compress.search.solvers.feasibility import Reach
 from automl_compress.search.table import arrays
 from automl_compress.search.table.pricing import random_plan
 
@@ -199,10 +201,10 @@ def seeds(laboratory: Laboratory, share: float) -> dict[str, Plan]:
 def milp(laboratory: Laboratory, share: float) -> Plan:
     """The optimum of the additive table for the loosest limit whose plan is predicted to meet the budget."""
     budget, graph = laboratory.budget(share), laboratory.bench.graph
+    reach = Reach(space=laboratory.space, graph=graph, table=laboratory.table, predict=laboratory.predict)
     found = loosest_optimum(
-        lambda scale: solve(
-            laboratory.space, graph, laboratory.table, {m: scale * limit for m, limit in budget.limits.items()}
-        ),
+        partial(reach.estimate, budget.limits),
+        partial(reach.solve, budget.limits),
         lambda plan: budget.met(laboratory.predict(plan)),
     )
     if found is None:

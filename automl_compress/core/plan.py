@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from automl_compress.core.graph import Graph
@@ -69,7 +70,7 @@ class Plan:
             result[layer.name] = (graph.width(layer, "in", kept), graph.width(layer, "out", kept))
         return result
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A short digest that is equal for equal choices (which channels were selected doesn't count)."""
         return hashlib.sha256(json.dumps(self._choices(), sort_keys=True).encode()).hexdigest()[:16]

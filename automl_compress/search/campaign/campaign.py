@@ -11,7 +11,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import optuna
 import optuna.trial
@@ -29,11 +30,13 @@ from automl_compress.search.campaign.timing import Clock
 from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.search.sampling.sampler import make_sampler
 from automl_compress.search.sampling.seeds import first_plans, loosest_optimum
+from automl_compress.search.sampling.storage import known_study
 from automl_compress.search.sampling.study import (
     Objective,
     adopt_trials,
     best_feasible,
     evaluated_plans,
+    finished_trials,
     open_study,
     ranked,
     run_trials,
@@ -49,7 +52,7 @@ from automl_compress.search.table.table import AdditiveTable
 # The search aims a little below a budget: a prediction errs by a percent or two, and a miss costs a distillation.
 AIM = {"latency": 0.985, "memory": 0.97}
 STUDY = "one-shot"
-SENSITIVITY, SPACE, MEASURED = "sensitivity.jsonl", "space.json", "measured.jsonl"
+SENSITIVITY, SPACE, MEASURED, FLOORS = "sensitivity.jsonl", "space.json", "measured.jsonl", "floors.json"
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Campaign:
     _recovery: optuna.Study | None = None
     calibrated: bool = False
     _begun: bool = False
+    _reach: Reach | None = None
     _seeds: Mapping[str, Plan] | None = None
 
     def leg(self, metric: str, share: float) -> Campaign:
@@ -110,7 +114,7 @@ class Campaign:
     def explore(self, trials: int, timeout: float | None = None) -> None:
         """One-shot trials until the study holds `trials` finished ones, or `timeout` seconds are over."""
         study = self.study()
-        seed_plans(study, self.space, self.seeds())
+        seed_plans(study, self.space, self.seeds(), self.fits)
         self.progress.stage("one-shot trials", trials, seconds=timeout)
         elsewhere = ("waiting", "running", "reused")
         self.progress.advance(sum(count for state, count in trial_counts(study).items() if state not in elsewhere))
@@ -133,7 +137,7 @@ class Campaign:
                 space=self.space,
                 decoder=Decoder(self.space, self.bench.graph, self.table),
                 limits=self.aim,
-                predict=self.predict,
+                predict=self.price,
                 original=self.original_sampled_metric(),
                 seed=self.seed,
             )
@@ -146,13 +150,20 @@ class Campaign:
                 self._study.set_user_attr("space", self.folder.read_json(SPACE))
         return self._study
 
+    def trials_left(self, trials: int) -> int:
+        """How many of so many one-shot trials are still to be made; a resumed run finds the others in its study."""
+        title = self.study_title
+        return max(0, trials - finished_trials(self._study or known_study(self.storage or self.folder.path, title)))
+
     def _evaluated_elsewhere(self) -> list[tuple[Plan, float]]:
         """Plans that were evaluated under other budgets, in this run or in one that it started from."""
         studies = [leg.study() for leg in self.legs.values() if leg.label != self.label and leg.has_study]
         return [*self.borrowed, *(found for study in studies for found in evaluated_plans(study, self.space))]
 
     def _objective(self) -> Objective:
-        return Objective(space=self.space, budget=self.aim, predict=self.predict, evaluate=self.evaluate)
+        return Objective(
+            space=self.space, budget=self.aim, predict=self.predict, evaluate=self.evaluate, price=self.price
+        )
 
     def evaluate(self, plan: Plan) -> float:
         """The plan's one-shot metric."""
@@ -181,10 +192,7 @@ class Campaign:
         name = f"milp-{self.label.replace(' ', '-').replace('%', 'pct')}.json" if self.label else "milp.json"
         if not self.folder.file(name).exists():
             limits = additive_limits(self.aim, self.original)
-            found = loosest_optimum(
-                lambda scale: self.reach.solve({metric: limit * scale for metric, limit in limits.items()}),
-                self.fits,
-            )
+            found = loosest_optimum(partial(self.reach.estimate, limits), partial(self.reach.solve, limits), self.fits)
             self.folder.write_json(name, None if found is None else found.to_json(self.bench.graph))
         known = self.folder.read_json(name)
         return None if known is None else Plan.from_json(known, self.bench.graph)
@@ -193,19 +201,17 @@ class Campaign:
         """Raise later predictions of latency by this factor, or lower them, whatever they were raised by before."""
         self.costs.margins["latency"] = margin
         self.forecast.forget()
-        self.calibrated, self._study, self._seeds = True, None, None  # made by the old predictions
+        self.calibrated, self._seeds = True, None  # chosen by the old predictions
 
     def tighten(self, predicted: Cost, measured: Cost) -> None:
         """A model came out dearer than predicted: correct the cost model, and forget what it said before."""
         self.costs.tighten(predicted, measured)
         self.forecast.forget()
-        self._study = None  # its sampler proposed by the old predictions
 
     def loosen(self, pairs: Sequence[tuple[Cost, Cost]]) -> None:
         """Models of (predicted, measured) cost came out cheaper than predicted, all of them: there is room for more."""
         if self.costs.loosen(pairs):
             self.forecast.forget()
-            self._study = None
 
     @property
     def costs(self) -> CostModel:
@@ -220,9 +226,20 @@ class Campaign:
         predicted = self.reach.floors(self.budget.limits)
         return {m: min([floor, *(cost.of(m) for cost in self.measured.values())]) for m, floor in predicted.items()}
 
+    def first_floors(self) -> dict[str, float]:
+        """The same as they were before any trial: what a run spreads its budgets over, also when it is resumed."""
+        known = self.folder.read_json(FLOORS)
+        if known is None:
+            known = self.floors()
+            self.folder.write_json(FLOORS, known)
+        return dict(known)
+
     @property
     def reach(self) -> Reach:
-        return Reach(space=self.space, graph=self.bench.graph, table=self.table, predict=self.predict)
+        """Made once for a table, since it remembers what it solved."""
+        if self._reach is None or self._reach.table is not self.table or self._reach.space is not self.space:
+            self._reach = Reach(space=self.space, graph=self.bench.graph, table=self.table, predict=self.predict)
+        return self._reach
 
     def describe(self, plan: Plan) -> str:
         cost = self.cost(plan)
@@ -238,6 +255,16 @@ class Campaign:
         """The plan's predicted cost."""
         return self.forecast.predict(plan)
 
+    def price(self, plan: Plan) -> Cost:
+        """What the plan counts as against `aim`: as predicted, or as far below it as its measured cost is below the
+        budget."""
+        known = self.measured.get(plan.key)
+        if known is None:
+            return self.predict(plan)
+        return replace(
+            known, latency_us=known.latency_us * AIM["latency"], memory_bytes=known.memory_bytes * AIM["memory"]
+        )
+
     def fits(self, plan: Plan) -> bool:
         """Whether the plan meets the budget: as measured, or as predicted with some room for the prediction's error.
         A plan whose finished model was rejected doesn't."""
@@ -247,9 +274,7 @@ class Campaign:
         """By what share the plan is over the budget that it is furthest over; 0 or less where it fits."""
         if plan.key in self.rejected:
             return math.inf
-        known = plan.key in self.measured
-        over = self.budget.constraints(self.measured[plan.key]) if known else self.aim.constraints(self.predict(plan))
-        return max(over.values(), default=0.0)
+        return max(self.aim.constraints(self.price(plan)).values(), default=0.0)
 
     @property
     def aim(self) -> Budget:
@@ -305,13 +330,13 @@ class Campaign:
         return self.bench.original_one_shot
 
     def ranked(self, count: int) -> list[Plan]:
-        """Plans of finished trials, best first, that today's cost model still finds within the budget."""
+        """Plans of finished trials, best first, that are within the budget by what is known today."""
         return [plan for plan, _ in self.ranked_figures(count)]
 
     def ranked_figures(self, count: int) -> list[tuple[Plan, float]]:
         """The same with their one-shot metrics."""
-        found = [(self.space.plan(t.params), float(t.values[0])) for t in ranked(self.study(), count)]
-        return [(plan, value) for plan, value in found if self.fits(plan)]
+        found = ranked(self.study(), count, fits=lambda trial: self.fits(self.space.plan(trial.params)))
+        return [(self.space.plan(trial.params), float(trial.values[0])) for trial in found]
 
     @staticmethod
     def study_name(identity: Mapping[str, str], *, shared: bool) -> str:

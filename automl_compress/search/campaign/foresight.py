@@ -10,7 +10,6 @@ from automl_compress.core.budget import METRICS, Cost, format_metric
 from automl_compress.core.plan import Plan
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.sampling.seeds import MILP
-from automl_compress.search.sampling.study import best_feasible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +54,14 @@ def foresee(campaign: Campaign) -> Foreseen:
 
     After `Campaign.learn`. Raises InfeasibleError where neither is within the budgets.
     """
-    best = best_feasible(campaign.study())
-    plan = campaign.space.plan(best.params) if best is not None else campaign.seeds().get(MILP)
+    best = next(iter(campaign.ranked_figures(1)), None)
+    plan = best[0] if best is not None else campaign.seeds().get(MILP)
     if plan is None:
         raise campaign.infeasible("no known plan is predicted to be within the budgets; trials may find one")
     return Foreseen(
         plan=plan,
         cost=campaign.cost(plan),
-        one_shot=best.value if best is not None else None,
+        one_shot=best[1] if best is not None else None,
         original=campaign.original,
         budget=campaign.budget.limits,
     )

@@ -44,7 +44,7 @@ def cheapest_model(campaign: Campaign, settings: Settings) -> Found:
             nearest={"metric": original},
         )
     most = campaign.original.of(what)
-    lowest, highest = campaign.floors()[what] / most, campaign.budget.limits[what] / most
+    lowest, highest = campaign.first_floors()[what] / most, campaign.budget.limits[what] / most
     hunt = _Hunt(
         campaign=campaign,
         climber=Climber(campaign, settings),
@@ -81,10 +81,13 @@ class _Hunt:
 
     def scan(self) -> None:
         """A few trials at each of some budgets: how the loss falls with the cost."""
-        exploring = self.climber.allot(self.trials, baselines=self._beside, looks=_LOOKS).exploring
-        for share in np.geomspace(self.edge.low, self.edge.high, _SCANNED + 1)[1:]:
+        shares = [float(share) for share in np.geomspace(self.edge.low, self.edge.high, _SCANNED + 1)[1:]]
+        trials = max(_FEWEST_TRIALS, self.trials // (2 * _SCANNED))
+        wanted = self.trials // 2 + sum(self._leg(share).trials_left(trials) for share in shares)
+        exploring = self.climber.allot(wanted, baselines=self._beside, looks=_LOOKS).exploring
+        for share in shares:
             part = None if exploring is None else exploring / (2 * _SCANNED)
-            self._leg(float(share)).explore(max(_FEWEST_TRIALS, self.trials // (2 * _SCANNED)), part)
+            self._leg(share).explore(trials, part)
         self.edge.lost = self._one_shot_losses()
         if self.climber.schedule.epochs == 0:
             self.edge.left_over = [1.0]  # nothing wins any of it back
@@ -108,7 +111,7 @@ class _Hunt:
 
     def _look(self, share: float, looks: int) -> None:
         leg, trials = self._leg(share), max(_FEWEST_TRIALS, self.trials // (2 * _LOOKS))
-        ahead = self.climber.allot(trials, baselines=self._beside, looks=looks)
+        ahead = self.climber.allot(leg.trials_left(trials), baselines=self._beside, looks=looks)
         exploring = None if ahead.exploring is None else ahead.exploring / looks
         plans = finalists(leg, trials, exploring, places=ahead.rungs[0].models)
         allotment = self.climber.allot(0, baselines=self._beside, looks=looks)

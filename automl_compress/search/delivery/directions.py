@@ -27,7 +27,7 @@ def best_model(campaign: Campaign, settings: Settings) -> Found:
     contenders = Contenders(campaign, settings)
     for attempt in range(DELIVERIES):
         beside = climber.beside(campaign)
-        allotment = climber.allot(trials, baselines=beside)
+        allotment = climber.allot(campaign.trials_left(trials + attempt), baselines=beside)
         plans = finalists(campaign, trials + attempt, allotment.exploring, places=allotment.rungs[0].models)
         allotment = climber.allot(0, baselines=beside)
         finished = climber.climb(campaign, plans, allotment)

@@ -50,10 +50,11 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
     what, climber = front.minimise, Climber(campaign, settings)
     trials = max(_FEWEST_TRIALS, int(settings.options["trials"]) // front.points)
     beside = len(baseline_plans(campaign, optimum=False))
-    allotment = climber.allot(trials * front.points, baselines=beside, looks=front.points)
+    shares = _shares(campaign, what, front.points)
+    wanted = sum(campaign.leg(what, share).trials_left(trials) for share in shares)
+    allotment = climber.allot(wanted, baselines=beside, looks=front.points)
     beaten = climber.baselines(campaign, allotment)
     points: list[Point] = []
-    shares = _shares(campaign, what, front.points)
     for number, share in enumerate(shares):
         left = front.points - number
         if points and not climber.time_for_another():
@@ -63,7 +64,8 @@ def front_models(campaign: Campaign, settings: Settings) -> list[Point]:
         leg = campaign.leg(what, share)
         try:
             for _ in range(_TRIES):
-                ahead = climber.allot(trials * left, baselines=0, looks=left)
+                wanted = sum(campaign.leg(what, later).trials_left(trials) for later in shares[number:])
+                ahead = climber.allot(wanted, baselines=0, looks=left)
                 exploring = None if ahead.exploring is None else ahead.exploring / left
                 plans = finalists(leg, trials, exploring, places=ahead.rungs[0].models)
                 finished = climber.climb(leg, plans, climber.allot(0, baselines=0, looks=left))
@@ -98,5 +100,5 @@ def not_dominated(points: list[Point], what: str) -> list[Point]:
 def _shares(campaign: Campaign, what: str, count: int) -> list[float]:
     """Budgets in equal ratios between the cheapest plan and the most that is allowed, both left out; dearest first."""
     whole = campaign.original.of(what)
-    low, high = campaign.floors()[what] / whole, campaign.budget.limits[what] / whole
+    low, high = campaign.first_floors()[what] / whole, campaign.budget.limits[what] / whole
     return [float(share) for share in np.geomspace(min(low, high), high, count + 2)[-2:0:-1]]

@@ -13,7 +13,8 @@ A trial goes through four steps.
 The first trial is the table's optimum. It follows SPDY (Frantar and Alistarh, 2022), which searches the coefficients of
 a layer-wise knapsack, and Bayesian optimisation over discrete structures, where candidates come from a local search.
 Everything that it knows comes from the study's trials, the seed and the trial's number: a resumed study and further
-workers on the same storage need nothing else.
+workers on the same storage need nothing else. What plans cost is asked anew each time, so that a plan that was refused
+as too dear is proposed again once predictions were corrected.
 """
 
 from __future__ import annotations
@@ -114,11 +115,12 @@ class BudgetSampler(BaseSampler):
         if not search_space or len(others) == len(search_space):
             return others
         rng = np.random.default_rng([self._seed, trial.number])
-        known = known_trials(study, self._space, self._plans, trial.number, self._original)
-        tried = {k.key for k in known}
+        known = known_trials(study, self._space, self._plans, trial.number, self._original, self._over)
+        settled = {k.key: k.plan for k in known if k.settled}
+        tried = set(settled)
         plan = self._fitting.table_optimum() if not known else self._promising(known, tried, rng)
         if plan is None or self._space.plan_key(plan) in tried:
-            plan = self._fitting.best_of_the_rest({k.key: k.plan for k in known}) or plan or self._space.plan({})
+            plan = self._fitting.best_of_the_rest(settled) or plan or self._space.plan({})
         return {**others, **self._space.params(plan)}
 
     def sample_independent(
@@ -185,7 +187,7 @@ class BudgetSampler(BaseSampler):
             plan = pool.plan(self._proposals, best)
             if self._space.plan_key(plan) in tried:
                 continue
-            over = self._budget.constraints(self._predict(plan))
+            over = self._over(plan)
             if max(over.values()) <= 0:
                 return plan
             features.append(pool.features[best])
@@ -193,6 +195,10 @@ class BudgetSampler(BaseSampler):
             excess.append(over)
             pricing = self._pricing(features, excess, costs)
         return None
+
+    def _over(self, plan: Plan) -> dict[str, float]:
+        """Metric -> by what share a plan is over the budget, by what is known today."""
+        return self._budget.constraints(self._predict(plan))
 
     def _row(self, known: Known) -> tuple[Floats, dict[str, float], bytes | None]:
         """What is in force in a trial's plan, its cost by the table, and its digest where arrays hold it exactly."""
@@ -238,7 +244,7 @@ class BudgetSampler(BaseSampler):
         inside = [self._row(k)[0] for k in elites]
         losses = self._aims(surrogate, inside, rng)
         learned = surrogate.learned if surrogate else self._prior
-        taken = {digest for k in known if (digest := self._row(k)[2]) is not None}
+        taken = {digest for k in known if k.settled and (digest := self._row(k)[2]) is not None}
         parts: list[tuple[int, States]] = []
         for number, proposals in enumerate(self._proposals):
             arrays, columns = proposals.decoder.arrays, self._columns

@@ -17,6 +17,8 @@ UNIFORM = "uniform-int"
 FEWEST_BLOCKS = "fewest-blocks"
 _SCALES = (0.6, 1.4)
 _STEPS = 7
+_SOLVED = 3
+_STEP_BACK = 0.98
 
 
 def first_plans(
@@ -47,21 +49,30 @@ def simple_plans(space: SearchSpace) -> dict[str, Plan]:
     return result | {f"width-{width:g}": replace(quantized, width=width) for width in widths}
 
 
-def loosest_optimum(solve: Callable[[float], Plan | None], fits: Callable[[Plan], bool]) -> Plan | None:
+def loosest_optimum(
+    estimate: Callable[[float], Plan | None], solve: Callable[[float], Plan | None], fits: Callable[[Plan], bool]
+) -> Plan | None:
     """The optimum for the loosest limits whose plan still fits the budget; None if none does.
 
-    `solve(scale)` gives the exact optimum of the additive table for the limits times `scale`, `fits` asks the cost
-    model. The table's sums are estimates, so the limits that they are held against are moved, by bisection.
+    Both give the best plan of the additive table for the limits times a scale: `estimate` in milliseconds and nearly
+    the best one, `solve` exactly. `fits` asks the cost model. The table's sums are estimates, so the limits that they
+    are held against are moved, by bisection with the quick answers; the exact one is asked once, and again a little
+    below where the cost model finds its plan too dear.
     """
     low, high = _SCALES
     best: Plan | None = None
     for _ in range(_STEPS):
         scale = (low + high) / 2
-        plan = solve(scale)
+        plan = estimate(scale)
         if plan is not None and not fits(plan):
             high = scale
         else:
             low, best = scale, plan or best
+    for _ in range(_SOLVED):
+        exact = solve(low)
+        if exact is None or fits(exact):
+            return exact or best
+        low *= _STEP_BACK
     return best
 
 

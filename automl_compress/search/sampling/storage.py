@@ -73,6 +73,25 @@ def open_study(
     return study
 
 
+def join_study(location: str, name: str, sampler: BaseSampler) -> Study:
+    """Open a study that another process started, for a worker. RunFolderError if there is none of that name."""
+    storage = open_storage(location)
+    known = optuna.get_all_study_names(storage)
+    if name not in known:
+        raise RunFolderError(f"{location} has no study {name!r}; it has: {', '.join(known) or 'none'}")
+    return optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner())
+
+
+def known_study(location: str | Path, name: str) -> Study | None:
+    """A study as it is, to look at; None if there is none of that name."""
+    if "://" not in str(location) and not (Path(location) / JOURNAL).exists():
+        return None
+    storage = open_storage(location)
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    return optuna.load_study(study_name=name, storage=storage)
+
+
 def open_storage(location: str | Path) -> BaseStorage:
     """The storage behind a folder, a journal path or a URL. InputError if it can't be opened."""
     text = str(location)

@@ -13,24 +13,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
-from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from automl_compress.core.budget import METRICS, Budget, Cost
 from automl_compress.core.plan import Plan
-from automl_compress.errors import CompressError, Interrupted, PlanError, RunFolderError, TrainingError
+from automl_compress.errors import CompressError, Interrupted, PlanError, TrainingError
 from automl_compress.search.sampling.sampler import trial_plan
 from automl_compress.search.sampling.storage import (
     INTERRUPTED,
     interrupted,
-    open_storage,
     open_study,
     requeue,
     requeue_dead,
     this_worker,
     worker_is_dead,
 )
+from automl_compress.search.sampling.trials import refused
 from automl_compress.search.space.space import SearchSpace
 
 __all__ = [
@@ -40,7 +39,7 @@ __all__ = [
     "best_feasible",
     "evaluated",
     "evaluated_plans",
-    "join_study",
+    "finished_trials",
     "open_study",
     "ranked",
     "run_trials",
@@ -60,22 +59,28 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 class Objective:
     """What a trial does with its plan.
 
-    predict   the cost model; decides whether the plan is evaluated at all
+    predict   the cost model
     evaluate  the plan's quality in the study's direction; one number per direction
+    price     what the plan counts as against the budget, which decides whether it is evaluated at all; None: as
+              predicted
     """
 
     space: SearchSpace
     budget: Budget
     predict: Callable[[Plan], Cost]
     evaluate: Callable[[Plan], Value]
+    price: Callable[[Plan], Cost] | None = None
+
+    def excess(self, plan: Plan) -> dict[str, float]:
+        """Metric -> by what share the plan is over the budget, by what is known today; 0 or less where it is within."""
+        return self.budget.constraints((self.price or self.predict)(plan))
 
     def __call__(self, trial: optuna.Trial) -> Sequence[float]:
         """Propose, predict, constrain, evaluate what is feasible and new. Constraints come before any early end."""
         trial.set_user_attr("worker", this_worker())
         choices: dict[str, Any] = {d.name: trial.suggest_categorical(d.name, d.options) for d in self.space.decisions}
         plan = self.space.plan(choices)
-        cost = self.predict(plan)
-        constraints = self.budget.constraints(cost)
+        cost, constraints = self.predict(plan), self.excess(plan)
         for metric, excess in constraints.items():
             if math.isnan(excess):
                 raise CompressError(f"the predicted {metric} is not a number")
@@ -167,9 +172,9 @@ def _trial(study: Study, number: int) -> FrozenTrial:
 
 
 def _evaluated(study: Study, key: str, number: int) -> FrozenTrial | None:
-    """The trial that evaluated this plan, if any did."""
+    """The trial that evaluated this plan, if any did, within this budget or another."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        if trial.number != number and trial.user_attrs.get("plan") == key and _feasible(trial):
+        if trial.number != number and trial.user_attrs.get("plan") == key and not refused(trial):
             return trial
     return None
 
@@ -183,6 +188,11 @@ def _counted(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     trials = list(trials)
     gone = interrupted(trials)
     return [t for t in trials if t.state in _FINISHED and t.number not in gone and ADOPTED not in t.user_attrs]
+
+
+def finished_trials(study: Study | None) -> int:
+    """How many trials a study has of those that were asked for; 0 without a study."""
+    return 0 if study is None else len(_counted(study.get_trials(deepcopy=False)))
 
 
 def _claimed(study: Study, is_dead: Callable[[str], bool]) -> int:
@@ -200,17 +210,25 @@ def _check_failures(study: Study, share: float) -> None:
         raise CompressError(f"{len(failed)} of {len(counted)} trials failed, the last one because: {reason}")
 
 
-def seed_plans(study: Study, space: SearchSpace, plans: Mapping[str, Plan]) -> tuple[str, ...]:
+def seed_plans(
+    study: Study, space: SearchSpace, plans: Mapping[str, Plan], fits: Callable[[Plan], bool] = lambda plan: False
+) -> tuple[str, ...]:
     """Queue plans to be tried first, each under its label ('original', 'uniform-int8', 'milp', ...).
 
     Does nothing for a label that the study has, or a plan that is queued or was tried. Returns the labels of plans that
     the space can't express.
+
+    fits  whether a plan that was refused as too dear is within the budget by what is known by now: then it is tried
+          again, under the label that it had
     """
-    trials = study.get_trials(deepcopy=False)
-    labels = {t.user_attrs["label"] for t in trials if "label" in t.user_attrs}
-    keys = {space.plan_key(plan) for t in trials if (plan := trial_plan(space, t)) is not None}
+    trials = [(t, trial_plan(space, t)) for t in study.get_trials(deepcopy=False)]
+    labelled = [(t, plan) for t, plan in trials if plan is not None and "label" in t.user_attrs and refused(t)]
+    again = {t.number: (t.user_attrs["label"], plan) for t, plan in labelled if fits(plan)}
+    standing = [(t, plan) for t, plan in trials if t.number not in again]
+    labels = {t.user_attrs["label"] for t, _ in standing if "label" in t.user_attrs}
+    keys = {space.plan_key(plan) for _, plan in standing if plan is not None}
     impossible = []
-    for label, plan in plans.items():
+    for label, plan in (*plans.items(), *again.values()):
         if label in labels:
             continue
         try:
@@ -219,7 +237,7 @@ def seed_plans(study: Study, space: SearchSpace, plans: Mapping[str, Plan]) -> t
             impossible.append(label)
             continue
         if space.plan_key(plan) not in keys:
-            study.enqueue_trial(dict(params), user_attrs={"label": label}, skip_if_exists=True)
+            study.enqueue_trial(dict(params), user_attrs={"label": label}, skip_if_exists=not again)
             keys.add(space.plan_key(plan))
     return tuple(impossible)
 
@@ -248,7 +266,7 @@ def adopt_trials(study: Study, objective: Objective, found: Iterable[tuple[Plan,
                 params=params,
                 distributions=dict(objective.space.distributions()),
                 value=value,
-                constraints=objective.budget.constraints(cost),
+                constraints=objective.excess(plan),
                 user_attrs={
                     ADOPTED: True,
                     "plan": key,
@@ -277,7 +295,7 @@ def evaluated_plans(study: Study, space: SearchSpace) -> list[tuple[Plan, float]
 
 def best_feasible(study: Study) -> FrozenTrial | None:
     """The completed trial with the best value among those that meet the budget as predicted; None if there is none."""
-    return next(iter(_best_first(study)), None)
+    return next((trial for trial in _best_first(study) if _feasible(trial)), None)
 
 
 def trial_counts(study: Study) -> dict[str, int]:
@@ -299,12 +317,15 @@ def trial_counts(study: Study) -> dict[str, int]:
     return counts
 
 
-def ranked(study: Study, k: int, *, apart: int = 2) -> list[FrozenTrial]:
-    """Up to `k` feasible trials, best first, that differ from each other in at least `apart` parameters.
+def ranked(
+    study: Study, k: int, *, apart: int = 2, fits: Callable[[FrozenTrial], bool] = _feasible
+) -> list[FrozenTrial]:
+    """Up to `k` trials that are within the budget, best first, that differ from each other in at least `apart`
+    parameters. Where there aren't enough such trials, the best of the others follow.
 
-    Where there aren't enough such trials, the best of the others follow.
+    fits  whether a trial's plan is within the budget: by default as it was when it was tried
     """
-    candidates = _best_first(study)
+    candidates = [trial for trial in _best_first(study) if fits(trial)]
     picked: list[FrozenTrial] = []
     for trial in candidates:
         if len(picked) < k and all(_distance(trial, other) >= apart for other in picked):
@@ -317,19 +338,10 @@ def _best_first(study: Study) -> list[FrozenTrial]:
     sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return sorted(
-        (t for t in trials if _feasible(t) and "repeat_of" not in t.user_attrs),
+        (t for t in trials if "repeat_of" not in t.user_attrs),
         key=lambda t: (-sign * float(t.values[0]), t.number),
     )
 
 
 def _distance(one: FrozenTrial, other: FrozenTrial) -> int:
     return sum(one.params.get(name) != other.params.get(name) for name in one.params.keys() | other.params.keys())
-
-
-def join_study(location: str, name: str, sampler: BaseSampler) -> Study:
-    """Open a study that another process started, for a worker. RunFolderError if there is none of that name."""
-    storage = open_storage(location)
-    known = optuna.get_all_study_names(storage)
-    if name not in known:
-        raise RunFolderError(f"{location} has no study {name!r}; it has: {', '.join(known) or 'none'}")
-    return optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=optuna.pruners.NopPruner())

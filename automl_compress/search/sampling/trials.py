@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from optuna.study import Study, StudyDirection
@@ -29,6 +29,8 @@ class Known:
 
     loss    how much worse than the original it was; None where it wasn't evaluated
     failed  it was begun, and came to nothing: it broke, diverged, or was given up
+    excess  metric -> by what share it is over the budget, by what is known today
+    refused it was over the budget when it was proposed, and so not evaluated
     """
 
     number: int
@@ -37,18 +39,31 @@ class Known:
     loss: float | None
     failed: bool
     excess: Mapping[str, float]
+    refused: bool = False
 
     @property
     def feasible(self) -> bool:
         return bool(self.excess) and all(value <= 0 for value in self.excess.values())
 
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to be learned from trying it again. What was refused may have become cheaper since,
+        by a corrected prediction or by measuring."""
+        return not (self.refused and self.feasible)
+
 
 def known_trials(
-    study: Study, space: SearchSpace, plans: dict[int, tuple[Plan, str]], before: int, original: float | None = None
+    study: Study,
+    space: SearchSpace,
+    plans: dict[int, tuple[Plan, str]],
+    before: int,
+    original: float | None = None,
+    excess: Callable[[Plan], Mapping[str, float]] | None = None,
 ) -> list[Known]:
     """The trials of a study other than number `before`, without interrupted ones, which are run again.
 
     plans     remembers what finished trials stand for
+    excess    by what share a plan is over each budget; None: as it was when it was tried
     original  the value of the untouched plan, from which losses are; without it, from that trial's, or from the best
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.number != before]
@@ -68,12 +83,19 @@ def known_trials(
         if trial.number in cut_short:
             continue
         done = trial.state == TrialState.COMPLETE and trial.values is not None
-        constraints = dict(trial.constraints)
-        allowed = all(value <= 0 for value in constraints.values())
-        given_up = trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and allowed)
+        too_dear = refused(trial)
+        given_up = trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and not too_dear)
         value = -sign * float(trial.values[0]) if done else None
-        found.append(Known(trial.number, *entry, value, given_up, constraints))
+        constraints: Mapping[str, float] = dict(trial.constraints)
+        if constraints and excess is not None:
+            constraints = excess(entry[0])
+        found.append(Known(trial.number, *entry, value, given_up, constraints, too_dear))
     return _beside_the_original(found, space, None if original is None else -sign * original)
+
+
+def refused(trial: FrozenTrial) -> bool:
+    """Whether a trial ended because its plan was over the budget by what was known then."""
+    return trial.state == TrialState.PRUNED and any(value > 0 for value in trial.constraints.values())
 
 
 def trial_plan(space: SearchSpace, trial: FrozenTrial) -> Plan | None:
@@ -93,7 +115,7 @@ def _beside_the_original(known: Sequence[Known], space: SearchSpace, value: floa
     values = {k.number: k.loss for k in known if k.loss is not None}
     original = [values[k.number] for k in known if k.key == untouched and k.number in values]
     top = min(original or values.values(), default=0.0) if value is None else value
-    return [Known(k.number, k.plan, k.key, None if k.loss is None else k.loss - top, k.failed, k.excess) for k in known]
+    return [k if k.loss is None else replace(k, loss=k.loss - top) for k in known]
 
 
 class Pricing:

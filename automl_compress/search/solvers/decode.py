@@ -7,7 +7,7 @@ where that takes too much.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -29,6 +29,7 @@ __all__ = [
     "cheapest",
     "options_in_force",
     "solve",
+    "solve_quickly",
 ]
 
 
@@ -42,10 +43,24 @@ def solve(space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mappin
     sparsity to choose, or nothing was found. Where the exact solver gives up, the best plan that is known counts;
     Unsolved is raised if there is none.
     """
+    return _best(space, lambda width: _solve_at(space, graph, table, limits, width))
+
+
+def solve_quickly(space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Mapping[str, float]) -> Plan | None:
+    """The same without the exact solver: None where the quick one found none, which proves nothing."""
+
+    def solve_at(width: float) -> list[Solution]:
+        found = QuickDecoder(space, graph, table, width=width).solve(table.quality, limits)
+        return [] if found is None else [found]
+
+    return _best(space, solve_at)
+
+
+def _best(space: SearchSpace, solve_at: Callable[[float], list[Solution]]) -> Plan | None:
     widths = student_widths(space)
-    found = _solve_at(space, graph, table, limits, widths[0])
+    found = solve_at(widths[0])
     if not found or not sparsity_everywhere(space):
-        found += [s for w in widths[1:] for s in _solve_at(space, graph, table, limits, w)]
+        found += [s for w in widths[1:] for s in solve_at(w)]
     return min(found, key=lambda s: (s.loss, s.cost.latency_us)).plan if found else None
 
 

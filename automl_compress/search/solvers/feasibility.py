@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from automl_compress.core.budget import Budget, Cost, format_metric
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InfeasibleError
-from automl_compress.search.solvers.decode import cheapest, excludes, solve
+from automl_compress.search.solvers.decode import cheapest, excludes, solve, solve_quickly
 from automl_compress.search.solvers.program import Unsolved
 from automl_compress.search.space.space import SearchSpace
 from automl_compress.search.table.table import AdditiveTable
@@ -21,12 +21,17 @@ _BINDING = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """What a space reaches by the additive table, and by the cost model that `predict` asks."""
+    """What a space reaches by the additive table, and by the cost model that `predict` asks.
+
+    What was solved is remembered: an optimum takes seconds where there are hundreds of decisions.
+    """
 
     space: SearchSpace
     graph: Graph
     table: AdditiveTable
     predict: Callable[[Plan], Cost]
+    _solved: dict[tuple[tuple[str, float], ...], Plan | None] = field(default_factory=dict)
+    _lowest: dict[str, Plan] = field(default_factory=dict)
 
     def floors(self, metrics: Iterable[str]) -> dict[str, float]:
         """Metric -> the lowest predicted figure of any plan that the table suggests as cheapest."""
@@ -46,18 +51,28 @@ class Reach:
         }
         return tuple(sorted(costs, key=lambda name: -costs[name])[:_BINDING])
 
-    def solve(self, limits: Mapping[str, float]) -> Plan | None:
-        """The table's optimum within limits on latency and size; None: no plan was found."""
-        with suppress(Unsolved):
-            return solve(self.space, self.graph, self.table, limits)
-        return None
+    def solve(self, limits: Mapping[str, float], scale: float = 1.0) -> Plan | None:
+        """The table's optimum within limits on latency and size, each times `scale`; None: no plan was found."""
+        key = tuple(sorted((metric, limit * scale) for metric, limit in limits.items()))
+        if key not in self._solved:
+            self._solved[key] = None
+            with suppress(Unsolved):
+                self._solved[key] = solve(self.space, self.graph, self.table, dict(key))
+        return self._solved[key]
+
+    def estimate(self, limits: Mapping[str, float], scale: float = 1.0) -> Plan | None:
+        """The same in milliseconds: nearly the optimum."""
+        return solve_quickly(self.space, self.graph, self.table, {m: limit * scale for m, limit in limits.items()})
 
     def excludes(self, limits: Mapping[str, float]) -> bool:
         """Whether it is certain that no plan meets the limits by the table."""
         return excludes(self.space, self.graph, self.table, limits)
 
     def _cheapest(self, metric: str) -> Plan:
-        return cheapest(self.space, self.graph, self.table, "size" if metric == "memory" else metric)
+        metric = "size" if metric == "memory" else metric
+        if metric not in self._lowest:
+            self._lowest[metric] = cheapest(self.space, self.graph, self.table, metric)
+        return self._lowest[metric]
 
     def _narrowest(self, plan: Plan) -> list[Plan]:
         widths = [float(o) for d in self.space.decisions if d.kind == "width" for o in d.options]

@@ -214,3 +214,60 @@ def test_a_search_whose_models_all_come_out_cheaper_has_room_for_more(tmp_path: 
             assert opened.predict(plan).latency_us == pytest.approx(0.95 * cost.latency_us)
         opened.loosen([(cost, replace(cost, latency_us=1.01 * cost.latency_us)) for cost in before])
         assert opened.predict(plans[0]).latency_us == pytest.approx(0.95 * before[0].latency_us), "one was dearer"
+
+
+def test_a_plan_that_was_measured_within_the_budget_is_tried_whatever_is_predicted(tmp_path: Path, home: Path) -> None:
+    """Also one that was refused before it was measured, or that was evaluated under a looser budget."""
+    with campaign(tmp_path / "run", home, latency="70%") as opened:
+        learn(opened)
+        opened.calibrate(4 * opened.costs.margins["latency"])
+        opened.explore(4)
+        plan, known = Plan(drop=frozenset({"block"})), trial_counts(opened.study())
+        assert not opened.fits(plan)
+        assert known["infeasible"] > 0
+        limit = opened.budget.limits["latency"]
+        refused = [t for t in opened.study().get_trials() if t.user_attrs.get("label") == "uniform-int8"]
+        uniform = opened.space.plan(refused[0].params)
+        measured = replace(opened.predict(plan), provenance="measured")
+        for one in (plan, uniform):
+            opened.measured.remember(one, replace(measured, latency_us=limit))
+            assert opened.fits(one), "at the budget, not only below what predictions are held against"
+            opened.measured.remember(one, replace(measured, latency_us=1.001 * limit))
+            assert not opened.fits(one)
+            opened.measured.remember(one, replace(measured, latency_us=0.99 * limit))
+        opened.explore(sum(known.values()) + 3)
+        states = [t.state.name for t in opened.study().get_trials() if t.user_attrs.get("label") == "uniform-int8"]
+        assert states == ["PRUNED", "COMPLETE"]
+        assert uniform.key in {found.key for found in opened.ranked(9)}
+
+
+def test_what_was_evaluated_under_a_looser_budget_counts_once_it_fits(tmp_path: Path, home: Path) -> None:
+    with campaign(tmp_path / "run", home, latency="100%") as opened:
+        learn(opened)
+        opened.leg("latency", 0.9).explore(6)
+        tight = opened.leg("latency", 0.5)
+        margin = opened.costs.margins["latency"]
+        opened.calibrate(10 * margin)
+        assert tight.ranked(9) == []
+        opened.calibrate(margin)
+        assert tight.ranked(9)
+        assert all(tight.fits(plan) for plan in tight.ranked(9))
+
+
+def test_a_resumed_run_has_only_the_trials_ahead_that_it_has_not_made(tmp_path: Path, home: Path) -> None:
+    with campaign(tmp_path / "run", home, latency="100%") as first:
+        learn(first)
+        assert first.trials_left(7) == 7
+        first.explore(3)
+        assert first.trials_left(7) == 4
+        first.leg("latency", 0.9).explore(5)
+        floors = first.first_floors()
+    with campaign(tmp_path / "run", home, latency="100%") as second:
+        learn(second)
+        assert second.trials_left(7) == 4
+        assert second.trials_left(2) == 0
+        assert not second.has_study, "looking doesn't begin it"
+        assert second.leg("latency", 0.9).trials_left(7) == 2
+        assert second.leg("latency", 0.8).trials_left(7) == 7
+        second.measured.remember(Plan(), replace(second.original, latency_us=0.1))
+        assert second.first_floors() == floors, "what was measured since doesn't move the budgets of a front"

@@ -19,7 +19,7 @@ from automl_compress.search.space.rules import SpaceFile
 from automl_compress.search.space.space import SearchSpace, resolve
 from automl_compress.search.table.pricing import random_plan
 from automl_compress.search.table.table import AdditiveTable
-from tests.search.networks import NATIVE, additive_cost, residual, space_of, table_for
+from tests.search.networks import NATIVE, additive_cost, every_plan, residual, space_of, table_for
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -75,6 +75,30 @@ def test_proposals_use_what_the_budget_allows() -> None:
     study = bench.run(15, bench.sampler())
     used = [bench.predict(bench.space.plan(t.params)).latency_us / bench.budget.limits["latency"] for t in study.trials]
     assert float(np.median(used)) > 0.9
+
+
+def test_every_plan_that_fits_after_a_correction_can_be_proposed_though_it_was_refused_before() -> None:
+    """In a space so small that all of it is tried: what was refused by predictions that were too high is evaluated,
+    nothing twice, and nothing that is still too dear."""
+    bench = Bench(metrics="latency", share=0.7)
+    chosen = tuple(d for d in bench.space.decisions if d.kind == "drop")
+    bench.space = replace(bench.space, decisions=chosen, fixed={})
+    right, plans = bench.overhead, every_plan(bench.space)
+    middle = float(np.median([bench.predict(plan).latency_us for plan in plans]))
+    bench.budget = Budget(limits={"latency": middle})
+    bench.overhead = 1.5 * right
+    study = optuna.create_study(direction="maximize", sampler=bench.sampler())
+    for plan in plans:
+        study.enqueue_trial(bench.space.params(plan))
+    run_trials(study, bench.objective(), len(plans))
+    refused = [bench.space.plan(t.params) for t in study.trials if t.state.name == "PRUNED"]
+    bench.overhead = right
+    wrongly = {bench.space.plan_key(plan) for plan in refused if bench.budget.met(bench.predict(plan))}
+    assert 0 < len(wrongly) < len(refused)
+    run_trials(study, bench.objective(), len(plans) + len(wrongly))
+    again = [t for t in study.trials if t.number >= len(plans)]
+    assert {t.user_attrs["plan"] for t in again} == wrongly
+    assert all(t.state.name == "COMPLETE" and "repeat_of" not in t.user_attrs for t in again)
 
 
 def test_a_seed_decides_everything() -> None:

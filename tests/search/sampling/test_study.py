@@ -4,6 +4,7 @@ import json
 import socket
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
 from automl_compress.errors import CompressError, DeviceError, InputError, Interrupted, RunFolderError
 from automl_compress.search.sampling.sampler import BudgetSampler
-from automl_compress.search.sampling.storage import JOURNAL, requeue_dead, this_worker, worker_is_dead
+from automl_compress.search.sampling.storage import JOURNAL, join_study, requeue_dead, this_worker, worker_is_dead
 from automl_compress.search.sampling.study import (
     Objective,
     best_feasible,
-    join_study,
     open_study,
     ranked,
     run_trials,
@@ -198,6 +198,38 @@ def test_a_plan_is_evaluated_once_however_it_is_written(tmp_path: Path) -> None:
     assert study.trials[1].user_attrs["repeat_of"] == 0
     assert study.trials[1].value == study.trials[0].value
     assert [t.number for t in ranked(study, 5)] == [0]
+
+
+def test_a_seed_that_was_too_dear_is_tried_again_once_it_is_known_to_fit(tmp_path: Path) -> None:
+    """Under the label that it had, once, and only if it fits; others stay as they are."""
+    plans = {"whole": SPACE.plan({}), "dear": SPACE.plan({"drop.b0": True}), "small": SPACE.plan({"drop.b1": True})}
+    study, pessimistic = opened(tmp_path), 10.0
+
+    def priced(factor: float) -> Objective:
+        price = lambda plan: additive_cost(TABLE, GRAPH, plan, overhead=factor)  # noqa: E731
+        return replace(objective(), budget=Budget(limits={"latency": predict(plans["dear"]).latency_us}), price=price)
+
+    seed_plans(study, SPACE, plans)
+    run_trials(study, priced(pessimistic), 3)
+    assert trial_counts(study)["infeasible"] == 3
+    for _ in range(2):
+        seed_plans(study, SPACE, plans, lambda plan: max(priced(1.0).excess(plan).values()) <= 0)
+        run_trials(study, priced(1.0), 3 + trial_counts(study)["waiting"])
+    again = [trial for trial in study.trials if trial.number >= 3]
+    fitting = [name for name, plan in plans.items() if max(priced(1.0).excess(plan).values()) <= 0]
+    assert "dear" in fitting
+    assert "whole" not in fitting
+    assert sorted(trial.user_attrs["label"] for trial in again) == sorted(fitting)
+    assert all(trial.state == TrialState.COMPLETE for trial in again)
+
+
+def test_what_counts_as_a_plan_s_cost_is_not_recorded_as_its_prediction(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    cheap = Cost(latency_us=1e-3, size_bytes=1.0, memory_bytes=1.0, provenance="measured")
+    study.enqueue_trial(SPACE.params(SPACE.plan({})))
+    run_trials(study, replace(objective(), price=lambda plan: cheap), 1)
+    assert study.trials[0].state == TrialState.COMPLETE
+    assert study.trials[0].user_attrs["predicted"]["latency"] == predict(Plan()).latency_us
 
 
 def test_time_ends_a_run_between_trials(tmp_path: Path) -> None:
