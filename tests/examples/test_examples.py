@@ -15,7 +15,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run(folder: Path, *command: str, timeout: float = 240, **environment: str) -> str:
+def run(folder: Path, *command: str, timeout: float = 900, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True,
         timeout=timeout, check=False,
