@@ -29,7 +29,7 @@ from automl_compress.search.campaign.measured import MeasuredCosts
 from automl_compress.search.campaign.timing import Clock
 from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.search.sampling.sampler import make_sampler
-from automl_compress.search.sampling.seeds import first_plans, loosest_optimum
+from automl_compress.search.sampling.seeds import CHEAPEST, first_plans, loosest_optimum
 from automl_compress.search.sampling.storage import known_study
 from automl_compress.search.sampling.study import (
     Objective,
@@ -65,7 +65,7 @@ class Campaign:
     max_failed    share of trials that may fail
     clock     the time limit, and what things take
     legs      the same search under other budgets (see `leg`), by label; shared by all of them
-    calibrated    whether predictions were held against measurements about the budget (`measuring.calibrate`)
+    calibrated, edge    whether `measuring` corrected predictions; the cheapest plan that fits, where hardly any does
     """
 
     bench: Workbench
@@ -92,6 +92,7 @@ class Campaign:
     _study: optuna.Study | None = None
     _recovery: optuna.Study | None = None
     calibrated: bool = False
+    edge: Plan | None = None
     _begun: bool = False
     _reach: Reach | None = None
     _seeds: Mapping[str, Plan] | None = None
@@ -151,9 +152,9 @@ class Campaign:
         return self._study
 
     def trials_left(self, trials: int) -> int:
-        """How many of so many one-shot trials are still to be made; a resumed run finds the others in its study."""
-        title = self.study_title
-        return max(0, trials - finished_trials(self._study or known_study(self.storage or self.folder.path, title)))
+        """How many of so many one-shot trials are still to be made, beside those in the study."""
+        known = self._study or known_study(self.storage or self.folder.path, self.study_title)
+        return max(0, trials - finished_trials(known))
 
     def _evaluated_elsewhere(self) -> list[tuple[Plan, float]]:
         """Plans that were evaluated under other budgets, in this run or in one that it started from."""
@@ -184,7 +185,8 @@ class Campaign:
     def seeds(self) -> Mapping[str, Plan]:
         """The plans that every search starts from, by label, as they were before any trial."""
         if self._seeds is None:
-            self._seeds = first_plans(self.space, self.table.quality, self._excess, self._first_optimum())
+            edge = {} if self.edge is None else {CHEAPEST: self.edge}
+            self._seeds = edge | first_plans(self.space, self.table.quality, self._excess, self._first_optimum())
         return self._seeds
 
     def _first_optimum(self) -> Plan | None:
@@ -210,8 +212,8 @@ class Campaign:
 
     def loosen(self, pairs: Sequence[tuple[Cost, Cost]]) -> None:
         """Models of (predicted, measured) cost came out cheaper than predicted, all of them: there is room for more."""
-        if self.costs.loosen(pairs):
-            self.forecast.forget()
+        self.costs.loosen(pairs)
+        self.forecast.forget()
 
     @property
     def costs(self) -> CostModel:
@@ -223,11 +225,11 @@ class Campaign:
 
     def floors(self) -> dict[str, float]:
         """Metric -> the lowest figure that the space reaches as predicted, or that was measured, for each budget."""
-        predicted = self.reach.floors(self.budget.limits)
-        return {m: min([floor, *(cost.of(m) for cost in self.measured.values())]) for m, floor in predicted.items()}
+        predicted, known = self.reach.floors(self.budget.limits), self.measured.values()
+        return {m: min([floor, *(cost.of(m) for cost in known)]) for m, floor in predicted.items()}
 
     def first_floors(self) -> dict[str, float]:
-        """The same as they were before any trial: what a run spreads its budgets over, also when it is resumed."""
+        """As they were before any trial: what a run spreads its budgets over, also when it is resumed."""
         known = self.folder.read_json(FLOORS)
         if known is None:
             known = self.floors()
@@ -252,12 +254,10 @@ class Campaign:
         return self.measured.get(plan.key) or self.predict(plan)
 
     def predict(self, plan: Plan) -> Cost:
-        """The plan's predicted cost."""
         return self.forecast.predict(plan)
 
     def price(self, plan: Plan) -> Cost:
-        """What the plan counts as against `aim`: as predicted, or as far below it as its measured cost is below the
-        budget."""
+        """What the plan counts as against `aim`: as predicted, or as far below it as measured below the budget."""
         known = self.measured.get(plan.key)
         if known is None:
             return self.predict(plan)
@@ -288,7 +288,7 @@ class Campaign:
 
     def trial_counts(self) -> dict[str, int]:
         """How the trials ended, under all budgets together where there are several."""
-        counts: dict[str, int] = {}
+        counts = dict[str, int]()
         for study in self.studies().values():
             for state, count in trial_counts(study).items():
                 counts[state] = counts.get(state, 0) + count

@@ -14,6 +14,7 @@ import optuna
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.hardware.profile.trust import advice
 from automl_compress.search.campaign.campaign import MEASURED, SENSITIVITY, SPACE, Campaign
+from automl_compress.search.campaign.measuring import settle_edge
 from automl_compress.search.sampling.storage import open_storage
 from automl_compress.search.solvers.feasibility import require_feasible
 from automl_compress.search.space.records import recorded_space, space_record
@@ -35,6 +36,7 @@ def learn(campaign: Campaign) -> None:
     learn_device(campaign)
     measured = campaign.measured.values()
     require_feasible(campaign.reach, campaign.aim, campaign.budget, campaign.original, measured)
+    settle_edge(campaign)
     learn_quality(campaign)
 
 

@@ -15,9 +15,10 @@ from contextlib import ExitStack
 from functools import partial
 from statistics import median
 
-from automl_compress.core.budget import Cost
+from automl_compress.core.budget import Cost, format_metric
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
+from automl_compress.errors import InfeasibleError
 from automl_compress.hardware.device.timer import ratio
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.sampling.seeds import UNIFORM, fewest_blocks, simple_plans
@@ -29,6 +30,7 @@ from automl_compress.search.table.table import AdditiveTable
 CALIBRATION = "calibration.json"
 _NEAR = 1.25  # a plan that is predicted within this factor of the budget says something about it
 _SCALES = (0.85, 0.95, 1.05, 1.15)
+_CHEAPEST = 4  # plans that are measured where the cheapest is predicted to be just over the budget
 _TELLING = 4  # measured plans that say something about predictions
 
 
@@ -48,6 +50,33 @@ def calibrate(campaign: Campaign) -> None:
         known[campaign.label] = campaign.costs.margins["latency"] * factor
         campaign.folder.write_json(CALIBRATION, known)
     campaign.calibrate(known[campaign.label])
+
+
+def settle_edge(campaign: Campaign) -> None:
+    """Where even the cheapest plan is predicted to be over the budget, if only by what predictions err by, measure the
+    cheapest ones: a search about there would try plan after plan, each of which is predicted not to fit.
+
+    The cheapest that fits is where the search then starts. Raises InfeasibleError, with what was measured, where none
+    does.
+    """
+    limits = campaign.aim.limits
+    if "latency" not in limits or not campaign.device.measures:
+        return
+    if campaign.reach.floors(["latency"])["latency"] <= limits["latency"]:
+        return
+    plans = campaign.reach.cheapest_plans(["latency"], _CHEAPEST)
+    measure(campaign, [plan for plan in plans if plan.key not in campaign.measured])
+    fitting = [plan for plan in plans if campaign.budget.met(campaign.measured[plan.key])]
+    if fitting:
+        campaign.edge = min(fitting, key=lambda plan: campaign.measured[plan.key].latency_us)
+    elif not any(campaign.budget.met(cost) for cost in campaign.measured.values()):
+        lowest = min(campaign.measured[plan.key].latency_us for plan in plans)
+        raise InfeasibleError(
+            f"the {len(plans)} cheapest plans were measured, and need latency {format_metric('latency', lowest)} or "
+            f"more (asked {format_metric('latency', campaign.budget.limits['latency'])})",
+            nearest={**campaign.floors(), "latency": lowest},
+            binding=campaign.reach.binding(campaign.budget.limits),
+        )
 
 
 def about_the_budget(

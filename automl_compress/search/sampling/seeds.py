@@ -15,6 +15,7 @@ ORIGINAL = "original"
 MILP = "milp"
 UNIFORM = "uniform-int"
 FEWEST_BLOCKS = "fewest-blocks"
+CHEAPEST = "cheapest"
 _SCALES = (0.6, 1.4)
 _STEPS = 7
 _SOLVED = 3

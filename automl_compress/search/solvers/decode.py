@@ -8,11 +8,13 @@ where that takes too much.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import numpy as np
 
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
+from automl_compress.errors import CompressError
 from automl_compress.search.solvers.program import Decoder, Unsolved
 from automl_compress.search.solvers.quick import QuickDecoder
 from automl_compress.search.space.space import SearchSpace
@@ -27,6 +29,7 @@ __all__ = [
     "Solution",
     "additive_loss",
     "cheapest",
+    "cheapest_plans",
     "options_in_force",
     "solve",
     "solve_quickly",
@@ -89,6 +92,17 @@ def cheapest(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str
         except Unsolved:
             found.append(_cheapest_quickly(space, graph, table, metric, width))
     return min(found, key=lambda s: (s.cost.of(metric), s.loss)).plan
+
+
+def cheapest_plans(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str, count: int) -> list[Plan]:
+    """Up to so many plans in the order of what the table gives them, cheapest first, of the narrowest student; only one
+    where they can't be listed exactly."""
+    first = cheapest(space, graph, table, metric)
+    found, decoder = [first], Decoder(space, graph, table, width=first.width)
+    with suppress(CompressError):  # there are no others, or they are too many for the exact solver
+        while len(found) < count:
+            found.append(decoder.cheapest(table.quality, "size" if metric == "memory" else metric, found).plan)
+    return found
 
 
 def student_widths(space: SearchSpace) -> list[float]:

@@ -10,7 +10,7 @@ from automl_compress.core.budget import Budget, Cost, format_metric
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InfeasibleError
-from automl_compress.search.solvers.decode import cheapest, excludes, solve, solve_quickly
+from automl_compress.search.solvers.decode import cheapest, cheapest_plans, excludes, solve, solve_quickly
 from automl_compress.search.solvers.program import Unsolved
 from automl_compress.search.space.space import SearchSpace
 from automl_compress.search.table.table import AdditiveTable
@@ -40,6 +40,12 @@ class Reach:
             plan = self._cheapest(metric)
             found[metric] = min(self.predict(other).of(metric) for other in (plan, *self._narrowest(plan)))
         return found
+
+    def cheapest_plans(self, metrics: Iterable[str], count: int) -> list[Plan]:
+        """So many of the cheapest plans by each of the metrics, each plan once."""
+        found = [p for m in metrics for p in cheapest_plans(self.space, self.graph, self.table, m, count)]
+        plans = [plan for first in found for plan in (first, *self._narrowest(first))]
+        return list({self.space.plan_key(plan): plan for plan in plans}.values())
 
     def binding(self, metrics: Iterable[str]) -> tuple[str, ...]:
         """The layers that take most of the cheapest plan's latency (or size, where latency isn't limited)."""

@@ -116,11 +116,11 @@ class Decoder:
         result = milp(nothing, constraints=constraints, bounds=Bounds(0.0, 1.0), options=options)
         return bool(result.status == _INFEASIBLE)
 
-    def cheapest(self, quality: Mapping[QualityKey, float], metric: str) -> Solution:
-        """The plan with the lowest 'latency' or 'size', the one with the lower loss among equals."""
+    def cheapest(self, quality: Mapping[QualityKey, float], metric: str, exclude: Iterable[Plan] = ()) -> Solution:
+        """The plan with the lowest 'latency' or 'size', the one with the lower loss among equals; none of `exclude`."""
         loss = self._losses(quality)
         objective = 1e3 * self._cost[metric] / self._full[metric] + 1e-2 * loss / max(float(np.abs(loss).sum()), 1e-12)
-        found = self._minimise(objective, quality, {}, (), 1e-6, exhaustive=False)
+        found = self._minimise(objective, quality, {}, exclude, 1e-6, exhaustive=False)
         if found is None:
             raise CompressError(f"space {self.space.name}: its fixed choices contradict each other, there is no plan")
         return found

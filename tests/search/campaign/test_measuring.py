@@ -8,6 +8,7 @@ from statistics import median
 import pytest
 
 from automl_compress.core.plan import Plan
+from automl_compress.errors import InfeasibleError
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.learning import learn
 from automl_compress.search.campaign.measuring import CALIBRATION, about_the_budget, calibrate, measure
@@ -83,6 +84,42 @@ def test_each_budget_is_calibrated_once_and_a_resumed_run_measures_nothing(tmp_p
         calibrate(leg)
         assert leg.predict(plan) == predicted
         assert second.device.requests["compare"] == 0
+
+
+@pytest.mark.parametrize("share", [0.98, 0.995, 1.0, 1.01])
+def test_a_budget_about_the_floor_is_settled_by_measuring_before_anything_is_tried(
+    tmp_path: Path, home: Path, share: float
+) -> None:
+    """Refused with what was measured where none of the cheapest plans fits; else the cheapest is where trials begin."""
+    with campaign(tmp_path / "first", home, latency="100%") as looked:
+        learn(looked)
+        floor, plans = looked.floors()["latency"], looked.reach.cheapest_plans(["latency"], 4)
+        found = [measured.latency_us for _, measured in measure(looked, plans)]
+    limit = share * floor
+    with campaign(tmp_path / "run", home, latency=f"{limit:.4f}us") as opened:
+        if min(found) > limit:
+            with pytest.raises(
+                InfeasibleError, match=r"reachable|cheapest plans were measured, and need latency"
+            ) as no:
+                learn(opened)
+            assert no.value.binding
+            assert limit < no.value.nearest["latency"]
+            assert not (opened.folder.path / "sensitivity.jsonl").exists()
+            assert opened.device.requests["compare"] <= 2
+            return
+        learn(opened)
+        assert opened.edge is not None
+        assert opened.budget.met(opened.cost(opened.edge))
+        opened.explore(1)
+        trials = [t for t in opened.study().get_trials() if t.user_attrs.get("label") == "cheapest"]
+        assert [trial.state.name for trial in trials] == ["COMPLETE"]
+
+
+def test_a_budget_well_above_the_floor_is_settled_without_measuring(tmp_path: Path, home: Path) -> None:
+    with campaign(tmp_path / "run", home, latency="70%") as opened:
+        learn(opened)
+        assert opened.edge is None
+        assert not opened.measured
 
 
 def test_without_a_budget_on_latency_nothing_is_measured(tmp_path: Path, home: Path) -> None:
