@@ -59,7 +59,7 @@ class Task:
                     trained, put into eval mode. Features are compared with the model's all the same
     views           functions, called with a batch's inputs as the model is, that return others which mean the same, in
                     the same shapes: mirror images, say. What the teacher answers is its mean over the inputs and their
-                    views. The same inputs must give the same view
+                    views, position by position. The same inputs must give the same view
     student         student(width) -> an untrained network of your own, which competes with what is cut from the model;
                     in a task file a function `student` beside `task`
     transfer        the model was trained for other classes: what it needs before it is the teacher of these

@@ -160,7 +160,7 @@ class EarlierRun:
         for record in records:
             # The record last, as it says that the others are complete.
             for path in [*sorted(record.parent.glob(f"{record.stem}.*")), record]:
-                if path.suffix != _UNFINISHED:
+                if _UNFINISHED not in path.suffixes:
                     _copy(path, campaign.folder.file(_CANDIDATES, path.name))
         return len(records)
 

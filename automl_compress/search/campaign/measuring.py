@@ -69,8 +69,10 @@ def settle_edge(campaign: Campaign) -> None:
     fitting = [plan for plan in plans if campaign.budget.met(campaign.measured[plan.key])]
     if fitting:
         campaign.edge = min(fitting, key=lambda plan: campaign.measured[plan.key].latency_us)
-    elif not any(campaign.budget.met(cost) for cost in campaign.measured.values()):
-        lowest = min(campaign.measured[plan.key].latency_us for plan in plans)
+        return
+    lowest = min(campaign.measured[plan.key].latency_us for plan in plans)
+    # What is fast enough, but too large, says nothing of plans that are smaller.
+    if lowest > campaign.budget.limits["latency"] and not any(map(campaign.budget.met, campaign.measured.values())):
         raise InfeasibleError(
             f"the {len(plans)} cheapest plans were measured, and need latency {format_metric('latency', lowest)} or "
             f"more (asked {format_metric('latency', campaign.budget.limits['latency'])})",

@@ -84,7 +84,8 @@ def join_study(location: str, name: str, sampler: BaseSampler) -> Study:
 
 def known_study(location: str | Path, name: str) -> Study | None:
     """A study as it is, to look at; None if there is none of that name."""
-    if "://" not in str(location) and not (Path(location) / JOURNAL).exists():
+    path = Path(location)
+    if "://" not in str(location) and not (path / JOURNAL if path.is_dir() else path).exists():
         return None
     storage = open_storage(location)
     if name not in optuna.get_all_study_names(storage):

@@ -13,7 +13,7 @@ teacher and changes no bit. And what a training remembers is written beside its 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,10 @@ class AnswerCache:
         """Write what came since the last time to a file beside a checkpoint; returns what `read` needs to know."""
         for context, view in self._views.items():
             keys = list(view.rows)[view.written :]
-            if keys:
-                rows = {key: view.rows[key] for key in keys}
+            for rows in _alike({key: view.rows[key] for key in keys}):
                 self._files += 1
                 write_rows(beside, self._files, Rows(context=context, names=view.names, rows=rows))
-                view.written = len(view.rows)
+            view.written = len(view.rows)
         views = {name: [view.active, view.asked, view.hits] for name, view in self._views.items()}
         return {"files": self._files, "views": views}
 
@@ -233,6 +232,14 @@ class AnswerCache:
     @property
     def _waiting(self) -> bool:
         return any(not batch.used for batch in self._batches.values())
+
+
+def _alike(rows: Mapping[bytes, Row]) -> list[dict[bytes, Row]]:
+    """Rows of one shape together: batches may differ in it, such as sentences that are padded by the batch."""
+    groups: dict[Any, dict[bytes, Row]] = {}
+    for key, row in rows.items():
+        groups.setdefault(tuple((part.shape, part.dtype, part.stride()) for part in row), {})[key] = row
+    return list(groups.values())
 
 
 def _size(row: Row) -> int:

@@ -33,7 +33,8 @@ class Rows:
 
 
 def write_rows(beside: Path, number: int, found: Rows) -> None:
-    """Write the file of this number, at least one row, beside a checkpoint. Raises TrainingError if that fails."""
+    """Write the file of this number beside a checkpoint: at least one row, all of one shape. Raises TrainingError if
+    that fails."""
     columns = list(zip(*found.rows.values(), strict=True))
     last = [_channels_last(column[0]) for column in columns]
     tensors = {

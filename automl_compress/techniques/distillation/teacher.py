@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from automl_compress.errors import TaskError
 from automl_compress.model.outputs import joined
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task
@@ -64,7 +65,8 @@ class Teacher:
             outputs = named_tensors(self.model(*inputs))
         with torch.no_grad():
             others = [named_tensors(self.model(*seen(view, inputs))) for view in self._views]
-        outputs = {name: torch.stack([value, *(o[name] for o in others)]).mean(0) for name, value in outputs.items()}
+        if others:
+            outputs = {k: torch.stack([value, *(o[k] for o in others)]).mean(0) for k, value in outputs.items()}
         return {_OUTPUT + name: value for name, value in outputs.items()} | {
             _FEATURE + name: value for name, value in features.items()
         }
@@ -93,7 +95,10 @@ def worth_of_views(task: Task) -> str:
             targets.append(wanted)
             if sum(map(len, targets)) >= _ENOUGH:
                 break
-    before, after = (task.metric_of(joined(outputs), torch.cat(targets)) for outputs in (alone, averaged))
+    try:
+        before, after = (task.metric_of(joined(outputs), torch.cat(targets)) for outputs in (alone, averaged))
+    except TaskError as error:  # a metric may want all of the data
+        return f"what the task's views do to the teacher's {task.metric_name} isn't known: {error}"
     told = (
         f"over the task's views the teacher's {task.metric_name} on {sum(map(len, targets))} validation samples is "
         f"{after:.4f}, without them {before:.4f}"

@@ -322,3 +322,23 @@ def test_damaged_answers_are_named(tmp_path: Path) -> None:
     (tmp_path / "c.answers-1").write_bytes(b"none")
     with pytest.raises(TrainingError, match=r"answers-1: .* missing or damaged .*; delete .*c to start anew"):
         interrupted(tmp_path / "c", (), limit_bytes=1 << 20)
+
+
+def test_answers_to_batches_of_unequal_lengths_are_written_and_read_again(tmp_path: Path) -> None:
+    def ask(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {"output": inputs[0] * 2.0}
+
+    beside, cache = tmp_path / "full.training", AnswerCache()
+    batches = [torch.randn(4, length, generator=torch.Generator().manual_seed(length)) for length in (5, 7, 5)]
+    for batch in batches:
+        cache.answers("", (batch,), ask)
+    facts = cache.write(beside)
+
+    def nobody(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        raise AssertionError("all of them are known")
+
+    again = AnswerCache()
+    again.read(beside, facts)
+    for batch in batches:
+        assert torch.equal(again.answers("", (batch,), nobody)["output"], batch * 2.0)
+    assert again.size_bytes == cache.size_bytes

@@ -27,7 +27,7 @@ def model():
 def task(network, *, views=(), targets=None):
     targets = torch.zeros(6, dtype=torch.long) if targets is None else targets
     batches = [((IMAGES,), targets)]
-    return Task(model=network, train=batches, validation=batches, views=views)
+    return Task(model=network, train=batches, validation=batches, views=views, example_inputs=(IMAGES,))
 
 
 def test_outputs_are_the_mean_over_inputs_and_views_and_features_are_those_of_the_inputs():
@@ -84,4 +84,5 @@ def test_what_views_are_worth_is_told_and_views_that_mean_something_else_are_war
 
 def test_other_views_make_another_task():
     network = model()
-    assert len({digest_of(task(network, views=v)) for v in ([], [mirrored], [upside_down])}) == 3
+    views = [], [lambda images: images.flip(-1)], [lambda images: images.flip(-2)]
+    assert len({digest_of(task(network, views=v)) for v in views}) == 3
