@@ -42,17 +42,15 @@ def joined(outputs: Sequence[Any]) -> Any:
 
 
 @contextmanager
-def called(what: str, function: Any, targets: Tensor) -> Iterator[None]:
-    """What a user's function raises, as one line that names it."""
+def called(what: str, function: Any, on: str) -> Iterator[None]:
+    """What a user's function raises, as one line that names it and says what it was called on."""
     try:
         yield
     except (CompressError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         name, reason = getattr(function, "__name__", type(function).__name__), str(error).partition("\n")[0]
-        raise TaskError(
-            f"the task's {what} {name} raised {type(error).__name__} on targets {tuple(targets.shape)}: {reason}"
-        ) from error
+        raise TaskError(f"the task's {what} {name} raised {type(error).__name__} on {on}: {reason}") from error
 
 
 def require_loss(loss: Any) -> Tensor:

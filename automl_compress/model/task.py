@@ -90,11 +90,11 @@ class Task:
     def loss_of(self, outputs: Any, targets: Tensor) -> Tensor:
         if self.loss is None:
             return functional.cross_entropy(outputs, targets)
-        with called("loss", self.loss, targets):
+        with called("loss", self.loss, f"targets {tuple(targets.shape)}"):
             return self.loss(outputs, targets)
 
     def metric_of(self, outputs: Any, targets: Tensor) -> float:
-        with called("metric", self.metric or accuracy, targets):
+        with called("metric", self.metric or accuracy, f"targets {tuple(targets.shape)}"):
             value = float((self.metric or accuracy)(outputs, targets))
         if value != value:
             raise TaskError(f"the task's metric {self.metric_name} is NaN: check the model's outputs and the metric")
@@ -245,7 +245,8 @@ def _import(source: str) -> Any:
     except ModuleNotFoundError as error:
         raise TaskError(f"{source}: no module named {error.name!r}; name a task.py or an importable module") from error
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{source}: raised {type(error).__name__} while loading: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise TaskError(f"{source}: raised {type(error).__name__} while loading: {reason}") from error
 
 
 def _first(task: Task, split: str) -> Batch:

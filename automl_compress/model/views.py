@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from automl_compress.errors import CompressError, TaskError
+from automl_compress.errors import TaskError
+from automl_compress.model.outputs import called
 
 View = Callable[..., Any]
 
@@ -15,15 +16,8 @@ View = Callable[..., Any]
 def seen(view: View, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A batch as a view shows it. Raises TaskError where that is not the same number of tensors of the same shapes."""
     name = view_name(view)
-    try:
+    with called("view", view, f"inputs {_shapes(inputs)}"):
         result = view(*inputs)
-    except CompressError:
-        raise
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise TaskError(
-            f"task: view {name} raised {type(error).__name__} on inputs {_shapes(inputs)}: {reason}"
-        ) from error
     shown = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     if not all(isinstance(part, Tensor) for part in shown):
         found = ", ".join(type(part).__name__ for part in shown)

@@ -26,7 +26,7 @@ from automl_compress.hardware.device.kernels import Kernel, Lowered
 from automl_compress.hardware.prediction.cost import LATENCY_TERMS, CostModel, Tensors, priced
 from automl_compress.hardware.prediction.fit import Fit
 from automl_compress.hardware.prediction.foresee import foresee
-from automl_compress.hardware.prediction.interpolate import PriceList
+from automl_compress.hardware.prediction.interpolate import PriceList, Total
 from automl_compress.hardware.prediction.kernel_key import (
     integer_nodes,
     reordered_bytes,
@@ -185,7 +185,7 @@ class Forecast:
 
     def fits(self) -> tuple[Fit, Fit]:
         """What latency and memory of this network's plans are predicted by; they know their error on unseen models."""
-        return self.costs.fits(self._seen_sum(Plan()))
+        return self.costs.fits(self._priced(Plan()).us)
 
     def forget(self) -> None:
         """The cost model was corrected: predict anew."""
@@ -295,7 +295,7 @@ class Forecast:
         measured = 0
         show.stage("measuring random plans", effort.traced + len(checks))
         while self.device.measures and waiting and measured < effort.traced:
-            errors = {plan.key: self._error(plan) for plan in waiting}
+            errors = {plan.key: self._priced(plan).guess_error for plan in waiting}
             if float(np.quantile(list(errors.values()), 0.9)) <= effort.target:
                 break
             waiting.sort(key=lambda plan: -errors[plan.key])
@@ -320,8 +320,9 @@ class Forecast:
         models = (self.bench.structure(self._seen[key][0]) for key in chosen)
         return weigh_models(self.device, models, progress=show, between=between)
 
-    def _error(self, plan: Plan) -> float:
-        return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).guess_error
+    def _priced(self, plan: Plan) -> Total:
+        """The kernels of a plan that was lowered, added up."""
+        return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels)
 
     def _measure(self, plan: Plan, prices: PriceList, troubles: list[str], show: Progress) -> int:
         """Measure a plan unless the profile has it; `prices`: what was known before. Returns 1 if it was measured."""
@@ -346,6 +347,3 @@ class Forecast:
             date=datetime.now(timezone.utc).date().isoformat(),
         )
         self.device.profile.add_corrections([record])
-
-    def _seen_sum(self, plan: Plan) -> float:
-        return self.costs.prices.total(kernel.key for kernel in self._seen[plan.key][1].kernels).us
