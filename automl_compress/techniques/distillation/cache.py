@@ -32,7 +32,7 @@ _OVERHEAD_BYTES = 300  # of an entry: key, list, and the objects of two tensors
 
 
 @dataclass
-class _View:
+class _Shelf:
     """What the training under way remembers of one kind: which layers were watched, in which precision."""
 
     rows: dict[bytes, Row] = field(default_factory=dict)
@@ -46,11 +46,11 @@ class _View:
 
 @dataclass
 class _Asked:
-    """The answers to one batch. Those of a view share its memory; the others wait for a batch that is the same."""
+    """The answers to one batch. Those on a shelf share its memory; the others wait for a batch that is the same."""
 
     answers: Tensors
     bytes: int
-    view: str | None
+    shelf: str | None
     used: bool = True
 
 
@@ -64,7 +64,7 @@ class AnswerCache:
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.hits = self.asked = 0
-        self._views: dict[str, _View] = {}
+        self._shelves: dict[str, _Shelf] = {}
         self._batches: dict[bytes, _Asked] = {}
         self._epoch: int | None = None
         self._strange = self._files = 0
@@ -79,15 +79,15 @@ class AnswerCache:
 
     def forget(self) -> None:
         """The training under way has asked nothing yet."""
-        self._views, self._files = {}, 0
+        self._shelves, self._files = {}, 0
         for batch in self._batches.values():
-            batch.view = None
+            batch.shelf = None
 
     @property
     def size_bytes(self) -> int:
         """Of all that is remembered."""
-        waiting = sum(batch.bytes for batch in self._batches.values() if batch.view is None)
-        return waiting + sum(view.bytes for view in self._views.values())
+        waiting = sum(batch.bytes for batch in self._batches.values() if batch.shelf is None)
+        return waiting + sum(shelf.bytes for shelf in self._shelves.values())
 
     @property
     def hit_rate(self) -> float:
@@ -107,14 +107,14 @@ class AnswerCache:
         Where at least half of those that are looked up are known, only the others are asked about, else all. Answers
         that don't have a row a sample are never kept.
         """
-        view = self._views.setdefault(context, _View())
+        shelf = self._shelves.setdefault(context, _Shelf())
         count = len(inputs[0])
         self.asked += count
-        if self.limit_bytes <= 0 or not (view.active or self._waiting):
+        if self.limit_bytes <= 0 or not (shelf.active or self._waiting):
             return ask(inputs)
         keys = digests(tuple(part[: count - unique] for part in inputs))
-        unknown = [index for index, key in enumerate(keys) if key not in view.rows]
-        view.asked += count
+        unknown = [index for index, key in enumerate(keys) if key not in shelf.rows]
+        shelf.asked += count
         if not keys or 2 * (len(keys) - len(unknown)) < len(keys):
             # Putting answers together costs more than asking for a few: features are large.
             answers, batch = self._ask(context, keys if not unique else [], inputs, ask)
@@ -124,41 +124,41 @@ class AnswerCache:
         new_keys = [keys[index] for index in unknown]
         unknown += range(len(keys), count)
         self.hits += count - len(unknown)
-        view.hits += count - len(unknown)
+        shelf.hits += count - len(unknown)
         if not unknown:
-            return _stacked(view, keys, inputs[0].device)
+            return _stacked(shelf, keys, inputs[0].device)
         index = torch.tensor(unknown, device=inputs[0].device)
         rest = tuple(part.index_select(0, index) for part in inputs)
         fresh, batch = self._ask(context, new_keys if not unique else [], rest, ask)
-        answers = _merged(view, keys, unknown, fresh, inputs[0].device)
+        answers = _merged(shelf, keys, unknown, fresh, inputs[0].device)
         self._keep(context, new_keys, fresh, len(unknown), range(len(new_keys)), batch)
         return answers
 
     def write(self, beside: Path) -> dict[str, Any]:
         """Write what came since the last time to a file beside a checkpoint; returns what `read` needs to know."""
-        for context, view in self._views.items():
-            keys = list(view.rows)[view.written :]
-            for rows in _alike({key: view.rows[key] for key in keys}):
+        for context, shelf in self._shelves.items():
+            keys = list(shelf.rows)[shelf.written :]
+            for rows in _alike({key: shelf.rows[key] for key in keys}):
                 self._files += 1
-                write_rows(beside, self._files, Rows(context=context, names=view.names, rows=rows))
-            view.written = len(view.rows)
-        views = {name: [view.active, view.asked, view.hits] for name, view in self._views.items()}
-        return {"files": self._files, "views": views}
+                write_rows(beside, self._files, Rows(context=context, names=shelf.names, rows=rows))
+            shelf.written = len(shelf.rows)
+        shelves = {name: [shelf.active, shelf.asked, shelf.hits] for name, shelf in self._shelves.items()}
+        return {"files": self._files, "shelves": shelves}
 
     def read(self, beside: Path, facts: dict[str, Any]) -> None:
         """Remember what was written when `write` returned these facts. Raises TrainingError for a damaged file."""
         self.forget()
         for number in range(1, facts["files"] + 1):
             found = read_rows(beside, number)
-            view = self._views.setdefault(found.context, _View())
-            view.names = found.names
-            view.rows |= found.rows
-            view.bytes += sum(_size(row) for row in found.rows.values())
-            view.written = len(view.rows)
+            shelf = self._shelves.setdefault(found.context, _Shelf())
+            shelf.names = found.names
+            shelf.rows |= found.rows
+            shelf.bytes += sum(_size(row) for row in found.rows.values())
+            shelf.written = len(shelf.rows)
         self._files = facts["files"]
-        for context, (active, asked, hits) in facts["views"].items():
-            view = self._views.setdefault(context, _View())
-            view.active, view.asked, view.hits = active, asked, hits
+        for context, (active, asked, hits) in facts["shelves"].items():
+            shelf = self._shelves.setdefault(context, _Shelf())
+            shelf.active, shelf.asked, shelf.hits = active, asked, hits
             if not active:
                 self._give_up(context)
 
@@ -189,14 +189,14 @@ class AnswerCache:
         batch: bytes | None,
     ) -> None:
         """Rows of the answers to `asked` samples: a key and a place each, places ascending."""
-        view = self._views[context]
-        if not (keys and view.active and all(value.ndim and len(value) == asked for value in answers.values())):
+        shelf = self._shelves[context]
+        if not (keys and shelf.active and all(value.ndim and len(value) == asked for value in answers.values())):
             return
         size = _size([value[0] for value in answers.values()])
-        room = min((self.limit_bytes - sum(each.bytes for each in self._views.values())) // size, len(keys))
+        room = min((self.limit_bytes - sum(each.bytes for each in self._shelves.values())) // size, len(keys))
         if room <= 0:
             return
-        view.names = tuple(answers)
+        shelf.names = tuple(answers)
         # All rows share the memory of one tensor, so one that isn't kept must not be in it.
         columns = [value.detach().cpu() for value in answers.values()]
         chosen = list(places[:room])
@@ -205,29 +205,29 @@ class AnswerCache:
         elif len(chosen) < asked:
             columns = [column[chosen] for column in columns]
         for key, *row in zip(keys, *(column.unbind() for column in columns), strict=False):
-            view.bytes += 0 if key in view.rows else size
-            view.rows[key] = row
+            shelf.bytes += 0 if key in shelf.rows else size
+            shelf.rows[key] = row
         self._make_room()
 
     def _make_room(self) -> None:
         """What the training under way remembers comes before batches that wait to be asked about."""
         over = self.size_bytes - self.limit_bytes
-        waiting = [name for name, batch in self._batches.items() if batch.view is None]
+        waiting = [name for name, batch in self._batches.items() if batch.shelf is None]
         while over > 0 and waiting:
             over -= self._batches.pop(waiting.pop()).bytes
 
     def _consider(self, context: str) -> None:
         """Stop where an epoch, and the beginning of the next, have shown that nothing comes back."""
-        view = self._views[context]
-        if view.active and self._epoch is not None and view.asked >= self._epoch * _PATIENCE and not view.hits:
+        shelf = self._shelves[context]
+        if shelf.active and self._epoch is not None and shelf.asked >= self._epoch * _PATIENCE and not shelf.hits:
             self._give_up(context)
 
     def _give_up(self, context: str) -> None:
-        view = self._views[context]
-        view.active, view.bytes, view.written = False, 0, 0
-        view.rows.clear()
+        shelf = self._shelves[context]
+        shelf.active, shelf.bytes, shelf.written = False, 0, 0
+        shelf.rows.clear()
         for batch in self._batches.values():
-            batch.view = None if batch.view == context else batch.view
+            batch.shelf = None if batch.shelf == context else batch.shelf
 
     @property
     def _waiting(self) -> bool:
@@ -246,9 +246,9 @@ def _size(row: Row) -> int:
     return sum(part.numel() * part.element_size() for part in row) + _OVERHEAD_BYTES
 
 
-def _stacked(view: _View, keys: Sequence[bytes], device: torch.device) -> Tensors:
-    columns = zip(*(view.rows[key] for key in keys), strict=True)
-    return {name: _stack(column).to(device) for name, column in zip(view.names, columns, strict=True)}
+def _stacked(shelf: _Shelf, keys: Sequence[bytes], device: torch.device) -> Tensors:
+    columns = zip(*(shelf.rows[key] for key in keys), strict=True)
+    return {name: _stack(column).to(device) for name, column in zip(shelf.names, columns, strict=True)}
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
@@ -260,10 +260,10 @@ def _stack(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _merged(
-    view: _View, keys: Sequence[bytes], unknown: Sequence[int], fresh: Tensors, device: torch.device
+    shelf: _Shelf, keys: Sequence[bytes], unknown: Sequence[int], fresh: Tensors, device: torch.device
 ) -> Tensors:
-    known = [index for index, key in enumerate(keys) if key in view.rows]
-    old = _stacked(view, [keys[index] for index in known], device)
+    known = [index for index, key in enumerate(keys) if key in shelf.rows]
+    old = _stacked(shelf, [keys[index] for index in known], device)
     back = torch.argsort(torch.tensor([*known, *unknown])).to(device)
     return {name: torch.cat([old[name], value]).index_select(0, back) for name, value in fresh.items()}
 
