@@ -64,7 +64,7 @@ def settle_edge(campaign: Campaign) -> None:
         return
     if campaign.reach.floors(["latency"])["latency"] <= limits["latency"]:
         return
-    plans = campaign.reach.cheapest_plans(["latency"], _CHEAPEST)
+    plans = campaign.reach.fastest(_CHEAPEST)
     measure(campaign, [plan for plan in plans if plan.key not in campaign.measured])
     fitting = [plan for plan in plans if campaign.budget.met(campaign.measured[plan.key])]
     if fitting:

@@ -29,7 +29,7 @@ __all__ = [
     "Solution",
     "additive_loss",
     "cheapest",
-    "cheapest_plans",
+    "next_cheapest",
     "options_in_force",
     "solve",
     "solve_quickly",
@@ -94,14 +94,15 @@ def cheapest(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str
     return min(found, key=lambda s: (s.cost.of(metric), s.loss)).plan
 
 
-def cheapest_plans(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str, count: int) -> list[Plan]:
-    """Up to so many plans in the order of what the table gives them, cheapest first, of the narrowest student; only one
-    where they can't be listed exactly."""
-    first = cheapest(space, graph, table, metric)
+def next_cheapest(
+    space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str, first: Plan, count: int
+) -> list[Plan]:
+    """Up to so many plans of `first`'s student in the order of what the table gives them, from the cheapest, which is
+    `first`, on; fewer where they can't be listed exactly."""
     found, decoder = [first], Decoder(space, graph, table, width=first.width)
     with suppress(CompressError):  # there are no others, or they are too many for the exact solver
         while len(found) < count:
-            found.append(decoder.cheapest(table.quality, "size" if metric == "memory" else metric, found).plan)
+            found.append(decoder.cheapest(table.quality, metric, found).plan)
     return found
 
 

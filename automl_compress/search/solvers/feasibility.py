@@ -10,7 +10,7 @@ from automl_compress.core.budget import Budget, Cost, format_metric
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InfeasibleError
-from automl_compress.search.solvers.decode import cheapest, cheapest_plans, excludes, solve, solve_quickly
+from automl_compress.search.solvers.decode import cheapest, excludes, next_cheapest, solve, solve_quickly
 from automl_compress.search.solvers.program import Unsolved
 from automl_compress.search.space.space import SearchSpace
 from automl_compress.search.table.table import AdditiveTable
@@ -41,10 +41,11 @@ class Reach:
             found[metric] = min(self.predict(other).of(metric) for other in (plan, *self._narrowest(plan)))
         return found
 
-    def cheapest_plans(self, metrics: Iterable[str], count: int) -> list[Plan]:
-        """So many of the cheapest plans by each of the metrics, each plan once."""
-        found = [p for m in metrics for p in cheapest_plans(self.space, self.graph, self.table, m, count)]
-        plans = [plan for first in found for plan in (first, *self._narrowest(first))]
+    def fastest(self, count: int) -> list[Plan]:
+        """So many of the plans with the lowest latency, and what is narrower still, each plan once."""
+        first = self._cheapest("latency")
+        found = next_cheapest(self.space, self.graph, self.table, "latency", first, count)
+        plans = [plan for one in found for plan in (one, *self._narrowest(one))]
         return list({self.space.plan_key(plan): plan for plan in plans}.values())
 
     def binding(self, metrics: Iterable[str]) -> tuple[str, ...]:

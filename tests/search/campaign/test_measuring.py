@@ -93,7 +93,7 @@ def test_a_budget_about_the_floor_is_settled_by_measuring_before_anything_is_tri
     """Refused with what was measured where none of the cheapest plans fits; else the cheapest is where trials begin."""
     with campaign(tmp_path / "first", home, latency="100%") as looked:
         learn(looked)
-        floor, plans = looked.floors()["latency"], looked.reach.cheapest_plans(["latency"], 4)
+        floor, plans = looked.floors()["latency"], looked.reach.fastest(4)
         found = [measured.latency_us for _, measured in measure(looked, plans)]
     limit = share * floor
     with campaign(tmp_path / "run", home, latency=f"{limit:.4f}us") as opened:
