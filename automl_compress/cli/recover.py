@@ -66,4 +66,4 @@ def _recover(
         print_result(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
         return 0
 
-    return Action(run=run, folder=output, debug=debug)
+    return Action(run=run, folder=output, debug=debug, resumes=True)

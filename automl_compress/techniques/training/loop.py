@@ -24,6 +24,7 @@ from automl_compress.techniques.training.averaging import Average
 from automl_compress.techniques.training.checkpoint import digest, load_checkpoint, prefixed, save_checkpoint, without
 from automl_compress.techniques.training.data import Batches
 from automl_compress.techniques.training.divergence import Watch
+from automl_compress.techniques.training.interruption import between_steps
 from automl_compress.techniques.training.keeper import Keeper, Validate
 from automl_compress.techniques.training.log import OnStep, Recorder, StepReport, TrainingLog
 from automl_compress.techniques.training.optimizers import ChangingMasks, Held, Masks, make_optimizer, set_rate
@@ -61,9 +62,10 @@ def train(
     on_step   called after every step
     label     the stage's name, for people
 
-    The same seed, data, settings and number of threads give the same student, interrupted or not. Inputs reach the
-    objective on the student's device; in the chosen precision it runs under autocast, with the student's outputs in
-    float32.
+    The same seed, data, settings and number of threads give the same student, interrupted or not: at Ctrl-C the step in
+    flight is finished and the state written before KeyboardInterrupt is raised; a second one raises it at once. Inputs
+    reach the objective on the student's device; in the chosen precision it runs under autocast, with the student's
+    outputs in float32.
 
     A task with a loop of its own has that one called instead (see `own_loop`).
 
@@ -129,13 +131,13 @@ class _Run:
         self.begun = self.written = self.clock()
         path = self.resources.checkpoint
         self.identity = self._identity() if path else {}
-        with randomness.seeded(self.seed, self.generators):
+        with between_steps() as stopped, randomness.seeded(self.seed, self.generators):
             self.student.train()
             self.good = self.trained.copy()
             if self.memory is not None:
                 self.memory.forget()
             self._resume()
-            while self.step < self.steps and not self.keeper.patience_is_over:
+            while self.step < self.steps and not self.keeper.patience_is_over and not stopped():
                 self._advance()
             if path:
                 self._write()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from automl_compress.errors import TrainingError
 from automl_compress.model.task import Task, prepare
 from automl_compress.techniques.training import checkpoint
+from automl_compress.techniques.training.interruption import between_steps
 from automl_compress.techniques.training.log import StepReport, TrainingLog
 from automl_compress.techniques.training.randomness import generators_in
 from automl_compress.techniques.training.settings import Resources
@@ -111,6 +113,51 @@ def test_interrupted_and_resumed_is_uninterrupted(data: str, settings: str, tmp_
         log.delivered,
         log.notes,
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_loses_no_step_and_a_second_one_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    def interrupt(file: Path, times: int) -> int:
+        """The step at which training ends that is interrupted in its fourth."""
+        made = []
+
+        def on_step(report: StepReport) -> None:
+            made.append(report.step)
+            for _ in range(times if report.step == 4 else 0):
+                signal.raise_signal(number)
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(net(), task(), epochs=5, on_step=on_step, resources=replace(PLAIN, checkpoint=file))
+        assert signal.getsignal(number) is signal.default_int_handler
+        return made[-1]
+
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        assert interrupt(tmp_path / "once", 1) == interrupt(tmp_path / "twice", 2) == 4
+    finally:
+        signal.signal(number, before)
+    assert not (tmp_path / "twice").exists()
+    steps: list[int] = []
+    student, whole = net(), net()
+    file = replace(PLAIN, checkpoint=tmp_path / "once")
+    fit(student, task(), epochs=5, on_step=lambda report: steps.append(report.step), resources=file)
+    fit(whole, task(), epochs=5)
+    assert steps[0] == 5
+    assert same(student, whole)
+
+
+def test_what_fails_in_a_step_after_an_interruption_is_the_interruption() -> None:
+    def step(*, interrupted: bool) -> None:
+        with between_steps() as stopped:
+            if interrupted:
+                signal.raise_signal(signal.SIGINT)
+            assert stopped() == interrupted
+            raise TrainingError("a worker is gone")
+
+    with pytest.raises(KeyboardInterrupt):
+        step(interrupted=True)
+    with pytest.raises(TrainingError):
+        step(interrupted=False)
 
 
 def test_what_diverged_and_masks_that_change_are_resumed_too(tmp_path: Path) -> None:
