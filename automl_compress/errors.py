@@ -76,6 +76,18 @@ class Interrupted(CompressError):
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows the first line of it; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def raised(error: BaseException) -> str:
+    """`OSError: gone`, of something that the user's code raised."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of a message about a name that isn't known: the nearest of those that are, nothing where none is near."""
     near = get_close_matches(name.lower(), list(names), n=1)

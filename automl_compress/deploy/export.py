@@ -25,9 +25,8 @@ from automl_compress.core.plan import Plan
 from automl_compress.deploy.batch_norm import BatchNormPair, batch_norm_pairs, folded_tensors, named_tensors
 from automl_compress.deploy.normalise import drop_additions, find_additions, normalise, rename_initializer
 from automl_compress.deploy.numbers import fill_numbers, find_numbers, modules_of
-from automl_compress.deploy.runtime import first_line
 from automl_compress.deploy.verify import check_float
-from automl_compress.errors import CompressError, ExportError
+from automl_compress.errors import CompressError, ExportError, first_line
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.trace import quiet, sample
 from automl_compress.techniques.onnx_graph import LAYER_OPERATORS, layer_of

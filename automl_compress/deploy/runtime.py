@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from automl_compress.errors import ExportError
+from automl_compress.errors import ExportError, first_line
 from automl_compress.hardware.device.refusal import way_out
 
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -54,9 +54,3 @@ def open_session(model: onnx.ModelProto | Path, options: onnxruntime.SessionOpti
         advice = way_out([model])
         advice = advice and f" (onnxruntime {onnxruntime.__version__}; {advice})"
         raise ExportError(f"ONNX Runtime refuses the model: {first_line(error)}{advice}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type's name."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from automl_compress.errors import CompressError, TaskError
+from automl_compress.errors import CompressError, TaskError, raised
 
 BATCH_SIZE = 128
 NO_BATCH = "its loader yields no batch; it must yield them all each time it is read"
@@ -56,8 +56,7 @@ def reading(data: Iterable[Any], split: str) -> Iterator[Any]:
         except CompressError:
             raise
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise TaskError(f"task: reading {split} data raised {type(error).__name__}: {reason}") from error
+            raise TaskError(f"task: reading {split} data raised {raised(error)}") from error
         yield batch
 
 
@@ -73,7 +72,8 @@ def as_inputs(value: Any, what: str) -> tuple[Tensor, ...]:
 def as_batch(batch: Any, split: str, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """(tuple of inputs, targets). Raises TaskError, which names the batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TaskError(f"task: {split} batch {number} must be a pair (inputs, targets), found {type(batch).__name__}")
+        found = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sized) else type(batch).__name__
+        raise TaskError(f"task: {split} batch {number} must be a pair (inputs, targets), found {found}")
     inputs, targets = batch
     if not isinstance(targets, Tensor):
         raise TaskError(f"task: {split} batch {number}: targets must be a tensor, found {type(targets).__name__}")

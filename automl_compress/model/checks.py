@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from automl_compress.core.graph import ChannelGroup, Graph
+from automl_compress.errors import raised
 from automl_compress.model.attributes import CONTAINERS, STANDARD, Candidate, Decision, decide
 from automl_compress.model.reference import Reference
 from automl_compress.model.surgery import cut
@@ -197,8 +198,10 @@ class Trial:
                 except Exception:
                     running = running_modules[-1] if running_modules else ""
                     raise
+        except (MemoryError, torch.OutOfMemoryError):  # says nothing of the cut
+            raise
         except Exception as error:  # whatever the user's forward raises on smaller tensors means the same: not this cut
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+            reason = raised(error)[:160]
             _log.debug("%d groups: %s in %r", len(groups), reason, running)
             return Failure(reason=reason, module=self._to_blame(running))
         return self._differs(outputs, groups, kept)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from automl_compress.errors import CompressError, TaskError
+from automl_compress.errors import CompressError, TaskError, raised
 
 
 def arranged(tensors: Sequence[Tensor], like: Any) -> Any:
@@ -49,8 +49,8 @@ def called(what: str, function: Any, on: str) -> Iterator[None]:
     except (CompressError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        name, reason = getattr(function, "__name__", type(function).__name__), str(error).partition("\n")[0]
-        raise TaskError(f"the task's {what} {name} raised {type(error).__name__} on {on}: {reason}") from error
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TaskError(f"the task's {what} {name} on {on} raised {raised(error)}") from error
 
 
 def require_loss(loss: Any) -> Tensor:
@@ -70,10 +70,7 @@ def checked_forward(model: nn.Module, inputs: tuple[Tensor, ...], what: str, *, 
             return model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(tuple(part.shape)) for part in inputs)
-        raise TaskError(
-            f"task: {who}'s forward fails on {what} {shapes}: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise TaskError(f"task: {who}'s forward fails on {what} {shapes}: {raised(error)}") from error
     finally:
         model.train(training)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from automl_compress.core.graph import Block, Graph
-from automl_compress.errors import PlanError, TaskError
+from automl_compress.errors import PlanError, TaskError, raised
 from automl_compress.model.attributes import set_attribute
 
 
@@ -39,9 +39,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise TaskError(
-            f"the model can't be copied ({type(error).__name__}: {error}); it must support copy.deepcopy"
-        ) from error
+        raise TaskError(f"the model can't be copied ({raised(error)}); it must support copy.deepcopy") from error
 
 
 def cut(model: nn.Module, graph: Graph, *, kept: Mapping[str, Iterable[int]], drop: Iterable[str] = ()) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from automl_compress.errors import TaskError
+from automl_compress.errors import TaskError, first_line, raised
 from automl_compress.model.batches import NO_BATCH, as_batch, as_inputs, loader, reading
 from automl_compress.model.outputs import called, check_labels, checked_forward, require_loss
 from automl_compress.model.task_file import split_spec
@@ -96,8 +97,10 @@ class Task:
     def metric_of(self, outputs: Any, targets: Tensor) -> float:
         with called("metric", self.metric or accuracy, f"targets {tuple(targets.shape)}"):
             value = float((self.metric or accuracy)(outputs, targets))
-        if value != value:
-            raise TaskError(f"the task's metric {self.metric_name} is NaN: check the model's outputs and the metric")
+        if not math.isfinite(value):
+            raise TaskError(
+                f"the task's metric {self.metric_name} is {value}: check the model's outputs and the metric"
+            )
         return value
 
     def batches(self, split: str) -> Iterator[Batch]:
@@ -125,8 +128,7 @@ def load_task(spec: str, *, weights: Path | None = None) -> Task:
     try:
         task = make()
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise TaskError(f"{source}: {name}() raised {type(error).__name__}: {reason}") from error
+        raise TaskError(f"{source}: {name}() raised {raised(error)}") from error
     if not isinstance(task, Task):
         raise TaskError(f"{source}: {name}() returned {type(task).__name__}; it must return automl_compress.Task")
     student = getattr(module, "student", None)
@@ -210,8 +212,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"--weights {path}: holds pickled objects or is damaged; only tensors are ever loaded: save "
                 "model.state_dict() with torch.save, or as .safetensors"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TaskError(f"--weights {path}: can't be read as a state dict: {reason[:160]}") from error
+        raise TaskError(f"--weights {path}: can't be read as a state dict: {first_line(error)[:160]}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     try:
@@ -245,8 +246,7 @@ def _import(source: str) -> Any:
     except ModuleNotFoundError as error:
         raise TaskError(f"{source}: no module named {error.name!r}; name a task.py or an importable module") from error
     except (Exception, SystemExit) as error:
-        reason = str(error).partition("\n")[0]
-        raise TaskError(f"{source}: raised {type(error).__name__} while loading: {reason}") from error
+        raise TaskError(f"{source}: loading it raised {raised(error)}") from error
 
 
 def _first(task: Task, split: str) -> Batch:
@@ -257,6 +257,10 @@ def _first(task: Task, split: str) -> Batch:
 
 def _check_forward(task: Task) -> None:
     outputs = checked_forward(task.model, task.example_inputs, "the example input")
+    if not all(bool(part.isfinite().all()) for part in tree_leaves(outputs) if isinstance(part, Tensor)):
+        raise TaskError(
+            "task: the model answers the example input with NaN or infinity: check its weights and the data"
+        )
     if not task.classifies:
         return
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:

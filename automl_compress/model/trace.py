@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from automl_compress.core.graph import Cells, Frozen, Graph, Layer, Numbers
-from automl_compress.errors import TaskError
+from automl_compress.errors import TaskError, first_line
 from automl_compress.model.attributes import candidates
 from automl_compress.model.checks import Trial
 from automl_compress.model.coupling import couple, unique_layers
@@ -199,10 +199,9 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         with quiet(), torch.no_grad():
             return torch.export.export(model, inputs)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TaskError(
-            f"the model can't be exported{_users_line(error)} ({first[:200]}); control flow that depends on values has "
-            "to be written with torch.where or torch.cond, or moved out of forward"
+            f"the model can't be exported{_users_line(error)} ({first_line(error)[:200]}); control flow that depends "
+            "on values has to be written with torch.where or torch.cond, or moved out of forward"
         ) from error
 
 
@@ -225,9 +224,8 @@ def count_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[dict[str, 
         try:
             model(*inputs)
         except Exception as error:
-            first = str(error).strip().partition("\n")[0]
             raise TaskError(
-                f"the model's forward fails for a single sample ({first[:200]}); it must take any batch"
+                f"the model's forward fails for a single sample ({first_line(error)[:200]}); it must take any batch"
             ) from error
         try:
             analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False)

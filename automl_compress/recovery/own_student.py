@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from automl_compress.errors import TaskError
+from automl_compress.errors import TaskError, raised
 from automl_compress.model.task import Task
 from automl_compress.recovery.students import require_own
 from automl_compress.techniques.distillation.outputs import answers, require_match
@@ -23,7 +23,7 @@ def make_student(task: Task, width: float, seed: int) -> nn.Module:
         try:
             student = task.student(width)
         except Exception as error:
-            raise TaskError(f"task: student({width:g}) raised {type(error).__name__}: {error}") from error
+            raise TaskError(f"task: student({width:g}) raised {raised(error)}") from error
     if not isinstance(student, nn.Module):
         raise TaskError(f"task: student({width:g}) must return a torch.nn.Module, found {type(student).__name__}")
     student = student.cpu().float()

@@ -188,9 +188,14 @@ def test_own_loss_and_metric_take_any_targets() -> None:
     assert float(ready.loss_of(values, values)) == 0.0
 
 
-def test_a_metric_that_is_not_a_number_is_refused() -> None:
-    ready = prepare(task(metric=lambda o, t: float("nan")))
-    assert "NaN" in refusal(lambda: ready.metric_of(IMAGES, CLASSES))
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_metric_that_is_no_finite_number_is_refused(value: str) -> None:
+    ready = prepare(task(metric=lambda o, t: float(value)))
+    assert f"is {value}: check" in refusal(lambda: ready.metric_of(IMAGES, CLASSES))
+
+
+def test_answers_that_are_no_finite_numbers_are_refused_at_once() -> None:
+    assert "NaN or infinity" in refusal(lambda: prepare(task(validation=(IMAGES * float("nan"), CLASSES))))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,7 @@ def test_a_metric_that_is_not_a_number_is_refused() -> None:
         (lambda o, t: 1.0, ("scalar", "float")),
         (lambda o, t: nn.functional.cross_entropy(o, t).detach(), ("no gradient", "detach")),
         (lambda o, t: nn.functional.cross_entropy(o, t).log().mul(float("nan")), ("loss is nan", "first train batch")),
-        (lambda o, t: o["logits"].sum(), ("loss <lambda> raised", "targets (10,)")),
+        (lambda o, t: o["logits"].sum(), ("loss <lambda> on targets (10,) raised",)),
     ],
 )
 def test_a_loss_that_nothing_could_be_trained_with_is_refused_at_once(loss: Any, words: tuple[str, ...]) -> None:
@@ -213,7 +218,7 @@ def test_a_metric_that_raises_is_named() -> None:
         raise KeyError("logits")
 
     ready = prepare(task(metric=share))
-    assert "metric share raised KeyError on targets (10,)" in refusal(lambda: ready.metric_of(IMAGES, CLASSES))
+    assert "metric share on targets (10,) raised KeyError" in refusal(lambda: ready.metric_of(IMAGES, CLASSES))
 
 
 def test_validation_that_says_little_is_named_and_of_one_sample_refused() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
-from automl_compress.errors import PlanError
+from automl_compress.errors import PlanError, first_line
 from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.techniques.prune import apply_plan
 from automl_compress.techniques.quantization.files import PREFIX, from_tensors
@@ -58,7 +58,7 @@ def rebuild(bench: Workbench, plan: Plan, weights: Path) -> nn.Module:
         stored = load_file(weights)
         model.load_state_dict({name: value for name, value in stored.items() if not name.startswith(PREFIX)})
     except (RuntimeError, OSError, SafetensorError) as error:
-        raise PlanError(f"{weights}: doesn't fit the plan ({str(error).splitlines()[0]})") from error
+        raise PlanError(f"{weights}: doesn't fit the plan ({first_line(error)})") from error
     return model.eval()
 
 
@@ -67,7 +67,7 @@ def stored_quantization(weights: Path, ranges: Mapping[str, Limits]) -> Quantiza
     try:
         return from_tensors(load_file(weights), ranges)
     except (OSError, SafetensorError) as error:
-        raise PlanError(f"{weights}: can't be read ({str(error).splitlines()[0]})") from error
+        raise PlanError(f"{weights}: can't be read ({first_line(error)})") from error
 
 
 def read_plan(path: Path, graph: Graph) -> tuple[Plan, dict[str, Limits], Executions]:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from automl_compress.errors import TrainingError
+from automl_compress.errors import TrainingError, first_line
 from automl_compress.techniques.training.checkpoint import save_tensors
 
 Row = Sequence[Tensor]
@@ -61,10 +61,8 @@ def read_rows(beside: Path, number: int) -> Rows:
         rows = dict(zip(keys, zip(*(column.unbind() for column in formed), strict=True), strict=True))
         return Rows(context=header["context"], names=tuple(header["names"]), rows=rows)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TrainingError(
-            f"{path}: the teacher's remembered answers are missing or damaged ({reason}); delete {beside} to start anew"
-        ) from error
+        what = f"the teacher's remembered answers are missing or damaged ({first_line(error)})"
+        raise TrainingError(f"{path}: {what}; delete {beside} to start anew") from error
 
 
 def _channels_last(row: Tensor) -> bool:

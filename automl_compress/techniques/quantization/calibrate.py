@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-from automl_compress.errors import ExportError, InputError
+from automl_compress.errors import ExportError, InputError, first_line
 from automl_compress.techniques.quantization.formats import DEFAULT_EXECUTIONS, Executions
 from automl_compress.techniques.quantization.placement import place
 from automl_compress.techniques.quantization.ranges import PERCENTILE, RangeObserver
@@ -113,4 +113,4 @@ def _session_with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onn
         try:
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ExportError(f"calibration: ONNX Runtime refuses the model: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"calibration: ONNX Runtime refuses the model: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from automl_compress.errors import TrainingError
+from automl_compress.errors import TrainingError, first_line
 from automl_compress.techniques.training.state import Tensors
 
 VERSION = 1
@@ -50,8 +50,8 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]] | None:
             facts = json.loads(file.metadata()["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise TrainingError(f"{path}: no checkpoint, or a damaged one ({reason}); delete it to start anew") from error
+        what = f"no checkpoint, or a damaged one ({first_line(error)})"
+        raise TrainingError(f"{path}: {what}; delete it to start anew") from error
     if facts.get("version") != VERSION:
         raise TrainingError(f"{path}: a checkpoint of version {facts.get('version')}; delete it to start anew")
     return tensors, facts
@@ -78,5 +78,5 @@ def without(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
 def _unwritable(path: Path, error: Exception) -> str:
     full = getattr(error, "errno", None) in _FULL or "No space left" in str(error) or "File too large" in str(error)
     way = "free some space" if full else "give another folder"
-    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     return f"checkpoint {path}: can't be written ({reason}); {way} and run the same again, it goes on where it stopped"

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from automl_compress.errors import CompressError, TrainingError
+from automl_compress.errors import CompressError, TrainingError, raised
 from automl_compress.model.task import Batch, Task
 from automl_compress.techniques.objective import Loss, Memory, Objective
 from automl_compress.techniques.training import randomness
+from automl_compress.techniques.training.checkpoint import digest
 from automl_compress.techniques.training.data import Batches
 from automl_compress.techniques.training.log import OnStep, Recorder, StepReport, TrainingLog
 from automl_compress.techniques.training.optimizers import ChangingMasks, Held, Masks
@@ -57,6 +58,7 @@ class Work:
         self._batches, self._held, self._changing, self._on_step = batches, held, changing, on_step
         self._recorder, self._clock, self._begun = Recorder(self.steps), clock, clock()
         self._step = self._images = 0
+        self.notes: list[str] = []
 
     def batches(self) -> Iterator[Batch]:
         """As many batches as there are steps, pass after pass: (tuple of inputs, targets)."""
@@ -101,7 +103,7 @@ class Work:
             images=self._images,
             seconds=self._clock() - self._begun,
             computed="a loop of the task's own",
-            notes=tuple(self._batches.notes),
+            notes=(*self.notes, *self._batches.notes),
         )
 
 
@@ -128,7 +130,7 @@ def run_own_loop(
     held = Held(model, {} if masks is None or callable(masks) else masks)
     changing = masks if callable(masks) else None
     work = Work(model, objective, training, Batches(task, generators), held, changing, on_step, label, clock)
-    before = {key: value.shape for key, value in live(model).items()}
+    before, untrained = {key: value.shape for key, value in live(model).items()}, digest(live(model))
     memory = objective.memory()
     if memory is not None:
         memory.forget()
@@ -139,10 +141,11 @@ def run_own_loop(
         except CompressError:
             raise
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise TrainingError(f"{name} raised {type(error).__name__}: {reason}") from error
+            raise TrainingError(f"{name} raised {raised(error)}") from error
     model.zero_grad(set_to_none=True)
     model.eval()
+    if digest(live(model)) == untrained:
+        work.notes.append(f"{name} left the model as it was")
     if result is not None and result is not model:
         what = type(result).__name__
         raise TrainingError(f"{name} returned {what}; it must train work.model in place and return None")

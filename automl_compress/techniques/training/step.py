@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from automl_compress.errors import TaskError, TrainingError
+from automl_compress.errors import TaskError, TrainingError, first_line
 from automl_compress.model.task import Batch
 from automl_compress.techniques.objective import Loss, Objective
 from automl_compress.techniques.training.memory import fitting, pieces_of
@@ -97,7 +97,6 @@ def _explained(batch: Batch) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise TrainingError(f"a training step on inputs {shapes} failed: {first}") from error
+        raise TrainingError(f"a training step on inputs {shapes} failed: {first_line(error)}") from error
     except IndexError as error:  # cross-entropy on a class that the model doesn't have
         raise TaskError(f"task: train labels are out of range: {error}") from error

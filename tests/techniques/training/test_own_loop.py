@@ -93,6 +93,14 @@ def test_what_it_does_wrong_is_one_line(loop: Callable[[Work], Any], what: str) 
         fit(net(), task(train_loop=loop), masks={"0.weight": torch.arange(24).view(8, 3) >= 2})
 
 
+def test_that_it_changed_nothing_is_said() -> None:
+    def idle(work: Work) -> None:
+        pass
+
+    assert [note for note in fit(net(), task(train_loop=idle)).notes if "(idle) left the model as it was" in note]
+    assert not fit(net(), task(train_loop=plain)).notes
+
+
 def test_a_loop_that_is_none_is_refused() -> None:
     with pytest.raises(TaskError, match="train_loop must be callable, found str"):
         task(train_loop="mine")
