@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures
@@ -153,7 +153,7 @@ def _worth_training(rival: Rival, best: float) -> bool:
 
 def find_rivals(campaign: Campaign, effort: str, stop: Callable[[], bool] = lambda: False) -> Baselines:
     """All baselines but the original, evaluated one-shot beside the search; none is recovered."""
-    search = tuple(float(trial.values[0]) for trial in searched(campaign))
+    search = tuple(metric for _, metric in searched(campaign))
     store = _Evaluations(campaign, campaign.folder.file(_FILE))
     count = _evaluations(effort, len(search))
     seeds = {n: plan for n, plan in campaign.seeds().items() if n.startswith(UNIFORM) or n == MILP}
@@ -212,7 +212,7 @@ class _Evaluations:
 
     def __init__(self, campaign: Campaign, file: Path) -> None:
         self._campaign, self._file = campaign, file
-        self._known = {t.user_attrs["plan"]: float(t.values[0]) for t in searched(campaign)}
+        self._known = dict(searched(campaign))
         for entry in read_lines(file):
             with suppress(ValueError, KeyError, TypeError):
                 self._known.setdefault(str(entry["plan"]), float(entry["metric"]))
@@ -229,11 +229,18 @@ class _Evaluations:
         return self._known[key]
 
 
-def searched(campaign: Campaign) -> list[FrozenTrial]:
-    """The search's own evaluations within the budget, in the order in which they were begun."""
-    trials = campaign.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if campaign.has_study else []
+def searched(campaign: Campaign) -> list[tuple[str, float]]:
+    """(plan's key, one-shot metric) of the search's own evaluations within the budget, in the order of their beginning.
+
+    Where no trial was made under the budget, which is what a model happens to cost, those under the run's other budgets
+    are the search's.
+    """
+    if not campaign.has_study:
+        elsewhere = campaign.evaluated_elsewhere()
+        return [(campaign.space.plan_key(plan), metric) for plan, metric in elsewhere if campaign.fits(plan)]
+    trials = campaign.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [
-        trial
+        (trial.user_attrs["plan"], float(trial.values[0]))
         for trial in sorted(trials, key=lambda t: t.number)
         if not {ADOPTED, "repeat_of"}.intersection(trial.user_attrs)
         and all(excess <= 0 for excess in trial.constraints.values())

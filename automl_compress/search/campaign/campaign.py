@@ -146,7 +146,7 @@ class Campaign:
                 self.storage or self.folder.path, self.study_title, sampler, fingerprint=self.identity
             )
             self._begun = True
-            adopt_trials(self._study, self._objective(), self._evaluated_elsewhere())
+            adopt_trials(self._study, self._objective(), self.evaluated_elsewhere())
             if self.storage and "space" not in self._study.user_attrs:
                 self._study.set_user_attr("space", self.folder.read_json(SPACE))
         return self._study
@@ -156,7 +156,7 @@ class Campaign:
         known = self._study or known_study(self.storage or self.folder.path, self.study_title)
         return max(0, trials - finished_trials(known))
 
-    def _evaluated_elsewhere(self) -> list[tuple[Plan, float]]:
+    def evaluated_elsewhere(self) -> list[tuple[Plan, float]]:
         """Plans that were evaluated under other budgets, in this run or in one that it started from."""
         studies = [leg.study() for leg in self.legs.values() if leg.label != self.label and leg.has_study]
         return [*self.borrowed, *(found for study in studies for found in evaluated_plans(study, self.space))]

@@ -36,7 +36,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.search.sampling.fitting import Fitting, Predict
 from automl_compress.search.sampling.proposals import Aim, Proposals
 from automl_compress.search.sampling.surrogate import Options, Surrogate
-from automl_compress.search.sampling.trials import BASE, Known, Pricing, known_trials, log_ratios
+from automl_compress.search.sampling.trials import BASE, Known, Pricing, known_trials, log_ratios, seed_of
 from automl_compress.search.solvers.columns import Columns
 from automl_compress.search.solvers.program import Decoder
 from automl_compress.search.space.space import SearchSpace
@@ -130,7 +130,7 @@ class BudgetSampler(BaseSampler):
         self._raise_error_if_multi_objective(study)
         if param_name in self._space.decision:
             return self._space.decision[param_name].neutral
-        seed = int(np.random.default_rng([self._seed, trial.number, len(trial.params)]).integers(2**31))
+        seed = seed_of(self._seed, trial, len(trial.params))
         return optuna.samplers.RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
 
     @cached_property

@@ -3,6 +3,8 @@
 *Projected*: what Optuna's sampler proposes is replaced by the nearest plan within the budget, and that is what the
 trial is about, so that every trial is evaluated. *Penalised*: the proposal stands, and the constraints that every trial
 sets tell the sampler by how much it missed; such a trial isn't evaluated.
+
+All of them draw by the seed and the trial's number, so a resumed search or another worker never repeats what was drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from automl_compress.core.budget import Budget
 from automl_compress.errors import InputError, did_you_mean
 from automl_compress.search.sampling.budget_sampler import BudgetSampler
 from automl_compress.search.sampling.fitting import Fitting, Predict
-from automl_compress.search.sampling.trials import trial_plan
+from automl_compress.search.sampling.trials import seed_of, trial_plan
 from automl_compress.search.solvers.decode import Decoder
 from automl_compress.search.space.offers import Option
 from automl_compress.search.space.space import SearchSpace
@@ -29,11 +31,11 @@ __all__ = ["SAMPLERS", "BudgetSampler", "make_sampler", "trial_plan"]
 
 _PROJECTED = ":project"
 _OPTUNA: dict[str, Callable[[int], BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
-    "cmaes": lambda seed: OrdinalSampler(lambda: optuna.samplers.CmaEsSampler(seed=seed)),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "tpe": lambda seed: AnewSampler(lambda drawn: optuna.samplers.TPESampler(seed=drawn), seed),
+    "gp": lambda seed: AnewSampler(lambda drawn: optuna.samplers.GPSampler(seed=drawn), seed),
+    "nsga2": lambda seed: AnewSampler(lambda drawn: optuna.samplers.NSGAIISampler(seed=drawn), seed),
+    "cmaes": lambda seed: OrdinalSampler(lambda drawn: optuna.samplers.CmaEsSampler(seed=drawn), seed),
+    "random": lambda seed: AnewSampler(lambda drawn: optuna.samplers.RandomSampler(seed=drawn), seed),
 }
 SAMPLERS = ("budget", *_OPTUNA, *(f"{name}{_PROJECTED}" for name in _OPTUNA))
 
@@ -60,6 +62,35 @@ def make_sampler(
         return sampler
     budget = limits if isinstance(limits, Budget) else Budget(limits=dict(limits))
     return ProjectedSampler(sampler, space, Fitting(space, decoder, budget, predict))
+
+
+class AnewSampler(BaseSampler):
+    """Another sampler, made anew for every trial with a seed of that trial's. All that Optuna's samplers know of earlier
+    trials is in the study."""
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+        self._sampler = make(seed)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._sampler = self._make(seed_of(self._seed, trial))
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._sampler.after_trial(study, trial, state, values)
 
 
 class ProjectedSampler(BaseSampler):
@@ -109,13 +140,12 @@ class OrdinalSampler(BaseSampler):
     starts it anew from what was found. Plans over the budget count there as worse than all that were evaluated.
     """
 
-    def __init__(self, make: Callable[[], BaseSampler]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int = 0) -> None:
+        self._make, self._seed = make, seed
         self._shadow: Study | None = None
         self._asked: dict[int, optuna.trial.Trial] = {}
         self._seen: set[int] = set()
         self._worst: float | None = None
-        self._random = optuna.samplers.RandomSampler(seed=0)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """What all finished trials had to decide."""
@@ -131,7 +161,7 @@ class OrdinalSampler(BaseSampler):
         }
         if not choices:
             return {}
-        shadow = self._shadow_of(study)
+        shadow = self._shadow_of(study, trial)
         for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if other.number not in self._seen and all(other.params.get(n) in c for n, c in choices.items()):
                 self._add(other.number, {n: _middle(c, other.params[n]) for n, c in choices.items()}, other.values[0])
@@ -143,10 +173,12 @@ class OrdinalSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         self._raise_error_if_multi_objective(study)
-        return self._random.sample_independent(study, trial, param_name, param_distribution)
+        drawn = seed_of(self._seed, trial, len(trial.params))
+        return optuna.samplers.RandomSampler(seed=drawn).sample_independent(
+            study, trial, param_name, param_distribution
+        )
 
     def reseed_rng(self) -> None:
-        self._random.reseed_rng()
         if self._shadow is not None:
             self._shadow.sampler.reseed_rng()
 
@@ -165,9 +197,10 @@ class OrdinalSampler(BaseSampler):
         else:
             self._shadow.tell(asked, state=TrialState.FAIL)
 
-    def _shadow_of(self, study: Study) -> Study:
+    def _shadow_of(self, study: Study, trial: FrozenTrial) -> Study:
         if self._shadow is None:
-            self._shadow = optuna.create_study(direction=study.direction, sampler=self._make())
+            sampler = self._make(seed_of(self._seed, trial))
+            self._shadow = optuna.create_study(direction=study.direction, sampler=sampler)
         return self._shadow
 
     def _add(self, number: int, params: Mapping[str, float], value: float) -> None:

@@ -239,6 +239,7 @@ def seed_plans(
         if space.plan_key(plan) not in keys:
             study.enqueue_trial(dict(params), user_attrs={"label": label}, skip_if_exists=not again)
             keys.add(space.plan_key(plan))
+            labels.add(label)
     return tuple(impossible)
 
 

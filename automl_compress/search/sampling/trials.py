@@ -98,6 +98,11 @@ def refused(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.PRUNED and any(value > 0 for value in trial.constraints.values())
 
 
+def seed_of(seed: int, trial: FrozenTrial, *more: int) -> int:
+    """A seed for what is drawn for one trial: a resumed study and other workers neither repeat nor change it."""
+    return int(np.random.default_rng([seed, trial.number, *more]).integers(2**31))
+
+
 def trial_plan(space: SearchSpace, trial: FrozenTrial) -> Plan | None:
     """The plan of a trial, also of one that waits in the queue; None if its parameters aren't complete."""
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}

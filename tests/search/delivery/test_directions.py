@@ -52,6 +52,9 @@ def test_what_is_delivered_is_good_enough_and_cheaper(strict: Result) -> None:
     assert strict.delivered.latency_us < strict.original.latency_us
     assert strict.goal["metric_at_least"] == pytest.approx(0.98 * strict.original.metric)
     assert strict.budget == {}
+    before = {s["baseline"]: s for s in strict.standings if s["rung"] == "one-shot"}
+    assert {"random", "prune-then-quantize"} <= before.keys()
+    assert all(s["search_evaluations"] for s in before.values())
 
 
 def test_no_evaluated_plan_that_is_good_enough_is_much_cheaper(strict: Result, learned: Campaign) -> None:

@@ -57,4 +57,4 @@ class TestProjectedSampler(RelativeSamplerTestCase):
 class TestOrdinalSampler(BasicSamplerTestCase):
     @pytest.fixture
     def sampler(self) -> Callable[[], BaseSampler]:
-        return lambda: OrdinalSampler(lambda: optuna.samplers.RandomSampler(seed=0))
+        return lambda: OrdinalSampler(lambda seed: optuna.samplers.RandomSampler(seed=seed))

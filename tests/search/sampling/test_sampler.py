@@ -51,6 +51,12 @@ class Bench:
             space=self.space, decoder=decoder, limits=self.budget, predict=predict or self.predict, seed=seed
         )
 
+    def named(self, name: str) -> optuna.samplers.BaseSampler:
+        decoder = Decoder(self.space, self.graph, self.table)
+        return make_sampler(
+            name, space=self.space, decoder=decoder, limits=self.budget, predict=self.predict, seed=0
+        )
+
     def objective(self) -> Objective:
         return Objective(space=self.space, budget=self.budget, predict=self.predict, evaluate=self.metric)
 
@@ -108,11 +114,12 @@ def test_a_seed_decides_everything() -> None:
     assert [t.params for t in one.trials] != [t.params for t in other.trials]
 
 
-def test_a_new_sampler_goes_on_as_the_old_one_would_have() -> None:
+@pytest.mark.parametrize("name", ["budget", "tpe", "nsga2", "random", "random:project"])
+def test_a_new_sampler_goes_on_as_the_old_one_would_have(name: str) -> None:
     bench = Bench()
-    whole = bench.run(12, bench.sampler())
-    study = bench.run(6, bench.sampler())
-    study.sampler = bench.sampler()
+    whole = bench.run(12, bench.named(name))
+    study = bench.run(6, bench.named(name))
+    study.sampler = bench.named(name)
     run_trials(study, bench.objective(), 12)
     assert [t.params for t in study.trials] == [t.params for t in whole.trials]
 
@@ -195,11 +202,7 @@ def test_a_study_without_sparsity_searches_over_student_widths() -> None:
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
 def test_projected_plans_meet_the_budget(name: str) -> None:
     bench = Bench()
-    decoder = Decoder(bench.space, bench.graph, bench.table)
-    sampler = make_sampler(
-        f"{name}:project", space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0
-    )
-    study = bench.run(14, sampler)
+    study = bench.run(14, bench.named(f"{name}:project"))
     assert all(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
 
 
@@ -240,17 +243,13 @@ def test_numbers_stand_for_options_where_a_sampler_knows_numbers_only() -> None:
 @pytest.mark.parametrize("name", ["cmaes", "cmaes:project"])
 def test_evolution_of_numbers(name: str) -> None:
     bench = Bench()
-    decoder = Decoder(bench.space, bench.graph, bench.table)
-    sampler = make_sampler(name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)
-    assert len(bench.run(12, sampler).trials) == 12
+    assert len(bench.run(12, bench.named(name)).trials) == 12
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
 def test_samplers_of_optuna_run_with_the_same_constraints(name: str) -> None:
     bench = Bench()
-    decoder = Decoder(bench.space, bench.graph, bench.table)
-    sampler = make_sampler(name, space=bench.space, decoder=decoder, limits=bench.budget, predict=bench.predict, seed=0)
-    study = bench.run(8, sampler)
+    study = bench.run(8, bench.named(name))
     assert all(list(t.constraints) == ["latency", "size"] for t in study.trials)
 
 
