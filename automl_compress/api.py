@@ -112,7 +112,7 @@ def compress(
         try:
             if known is not None:
                 progress.note(known.lend(campaign))
-            learn(campaign)
+            learn(campaign, settings.goal)
             calibrate(campaign)
             if known is not None:
                 progress.note(foresee(campaign).text)
@@ -169,7 +169,7 @@ def foreseen(
         open_campaign(task, settings, Path(folder), progress, opened=known.lend_transferred) as campaign,
     ):
         progress.note(known.lend(campaign))
-        learn(campaign)  # no plan is measured for an answer in seconds
+        learn(campaign, settings.goal)  # no plan is measured for an answer in seconds
         return foresee(campaign)
 
 

@@ -255,6 +255,18 @@ def test_exit_codes(outcome: Any, code: int, capsys: pytest.CaptureFixture[str])
     assert "Traceback" not in captured.err
 
 
+def test_an_option_that_is_given_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    api = FakeApi()
+    assert main([*SEARCH, "--latency=50%"], api=api) == 2
+    assert capsys.readouterr().err == "error: --latency is given twice: which of them holds? give it once\n"
+    assert not api.calls
+
+
+def test_infeasible_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    main(SEARCH, api=FakeApi(replace(INFEASIBLE, notes=("the cheapest model needs more", "a remark"))))
+    assert capsys.readouterr().err.startswith("error: the cheapest model needs more; nearest reachable: latency")
+
+
 def test_infeasible_names_the_nearest_budget_and_what_binds(capsys: pytest.CaptureFixture[str]) -> None:
     error = InfeasibleError("nothing fits", nearest={"latency": 120.0}, binding=("conv1", "fc"))
     for outcome in (error, INFEASIBLE):

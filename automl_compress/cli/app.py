@@ -9,6 +9,8 @@ interrupted.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ import typer
 from automl_compress.cli import devices, profile, rebudget, recover, search, space
 from automl_compress.cli.action import Action, guarded
 from automl_compress.cli.output import PROG, fail
+from automl_compress.errors import InputError
 
 GROUPS: tuple[tuple[str | None, typer.Typer], ...] = (
     (None, search.commands),
@@ -26,6 +29,8 @@ GROUPS: tuple[tuple[str | None, typer.Typer], ...] = (
     (None, recover.commands),
     ("devices", devices.commands),
 )
+
+_SEVERAL = ("--profile",)
 
 app = typer.Typer(
     name=PROG,
@@ -64,6 +69,10 @@ _command = typer.main.get_command(app)
 
 def main(argv: Sequence[str] | None = None, *, api: Any = None) -> int:
     """Run one command line and return its exit code. `api` stands in for `automl_compress.api` (tests)."""
+    given = Counter(word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv))
+    twice = [word for word, n in given.items() if n > 1 and word.startswith("--") and word not in _SEVERAL]
+    if twice:
+        return fail(f"{twice[0]} is given twice: which of them holds? give it once", InputError.exit_code)
     try:
         action = _command.main(args=None if argv is None else list(argv), prog_name=PROG, standalone_mode=False)
     except typer.TyperException as error:

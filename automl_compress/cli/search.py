@@ -181,7 +181,8 @@ def report(result: Mapping[str, Any], as_json: bool) -> int:
     print_result(json.dumps(result, indent=2) if as_json else summarize(result))
     if status == "infeasible":
         found = nearest_text(result["nearest"], result["binding"])
-        fail("; ".join(filter(None, ["no reachable model meets the budget", found])), EXIT_CODES[status])
+        reason = next(iter(result["notes"]), "no reachable model meets the budget")
+        fail("; ".join(filter(None, [reason, found])), EXIT_CODES[status])
     return EXIT_CODES[status]
 
 

@@ -6,8 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from automl_compress.core.budget import METRICS
-from automl_compress.errors import InputError
+from automl_compress.core.budget import METRICS, format_metric
+from automl_compress.errors import InfeasibleError, InputError
 
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%?)\s*", re.IGNORECASE)
 _ROUNDING = 1e-9
@@ -36,6 +36,14 @@ class Goal:
         if not self.is_drop:
             return self.bound
         return original - self.bound * (abs(original) if self.relative else 1.0)
+
+    def require_reachable(self, original: float) -> None:
+        """Raise InfeasibleError where more is asked for than the original has."""
+        if self.least_metric(original) > original:
+            raise InfeasibleError(
+                f"{self.text}: the original itself has {format_metric('metric', original)} on validation",
+                nearest={"metric": original},
+            )
 
     def reached(self, metric: float, original: float) -> bool:
         """Whether a metric is good enough beside the original's."""

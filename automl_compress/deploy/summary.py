@@ -79,6 +79,8 @@ def headline(result: Mapping[str, Any]) -> str:
     status = str(result["status"])
     if result.get("goal") and status == "met":
         return "met: the delivered model was measured, is good enough and within every budget"
+    if result.get("goal") and status == "infeasible":
+        return "infeasible: no model that was found is good enough and within every budget"
     return HEADLINES.get(status, status)
 
 
@@ -118,11 +120,11 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def summarize(result: Mapping[str, Any]) -> str:
     """The outcome, each budget with the figure that decided, and a table of the models."""
-    lines = [headline(result), ""]
-    lines += [_verdict_line(verdict) for verdict in verdicts(result)]
-    lines += [f"  {line}" for line in goal_lines(result)]
+    asked = [_verdict_line(verdict) for verdict in verdicts(result)]
+    asked += [f"  {line}" for line in goal_lines(result)]
     if result.get("binding"):
-        lines.append(f"  most of the cheapest plan's cost: {', '.join(result['binding'])}")
+        asked.append(f"  most of the cheapest plan's cost: {', '.join(result['binding'])}")
+    lines = [headline(result), *(["", *asked] if asked else [])]
     rows = [_model_row(name, figures) for name, figures in models(result)]
     if rows:
         how = "estimated " if estimated(result) else ""

@@ -33,7 +33,7 @@ from automl_compress.errors import CompressError, InputError, did_you_mean
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.evaluation.lines import append_line, read_lines
-from automl_compress.search.sampling.rivals import Market, prune_then_quantize, random_feasible
+from automl_compress.search.sampling.rivals import Market, classic_space, prune_then_quantize, random_feasible
 from automl_compress.search.sampling.seeds import MILP, UNIFORM
 from automl_compress.search.sampling.study import ADOPTED
 from automl_compress.search.solvers.feasibility import additive_limits
@@ -176,8 +176,8 @@ def find_rivals(campaign: Campaign, effort: str, stop: Callable[[], bool] = lamb
         seed=campaign.seed,
     )
     found.append(_best_random(market, count, store, stop))
-    route, metric, tried = prune_then_quantize(market, count, store, stop)
-    if route is not None or tried:
+    if classic_space(campaign.space) is not None:
+        route, metric, tried = prune_then_quantize(market, count, store, stop)
         found.append(Rival(name=CLASSIC, plan=route, metric=metric, evaluations=tried, fits=route is not None))
     return Baselines(rivals=tuple(found), search=search)
 

@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 
 from automl_compress.core.budget import Budget, Cost
+from automl_compress.core.goal import Goal
 from automl_compress.hardware.profile.trust import advice
 from automl_compress.search.campaign.campaign import MEASURED, SENSITIVITY, SPACE, Campaign
 from automl_compress.search.campaign.measuring import settle_edge
@@ -27,10 +28,12 @@ _LEAST_MEASURED = 3  # models at the end: the original, what is delivered, a pla
 _PACED = 8  # sensitivities after which the time that the others take is foreseen
 
 
-def learn(campaign: Campaign) -> None:
+def learn(campaign: Campaign, goal: Goal | None = None) -> None:
     """Everything that comes before the first trial. Raises InfeasibleError if no trial could help, InputError where the
-    time limit is too short for that."""
+    time limit is too short for that. `goal`: how good a model has to stay, where that was asked."""
     measure_original(campaign)
+    if goal is not None:
+        goal.require_reachable(campaign.original_metric())
     clock = campaign.clock
     clock.require(_LEAST_MEASURED * (clock.typical("measuring") or 0.0), "measuring what is to be delivered")
     learn_device(campaign)

@@ -27,6 +27,7 @@ from automl_compress.search.sampling.study import evaluated
 _SCANNED = 4
 _FEWEST_TRIALS = 6
 _LOOKS = 4
+_WIDE = 1.1
 _MORE_LOOKS = 2  # after a finished model turned out not to be deliverable
 
 
@@ -38,11 +39,6 @@ def cheapest_model(campaign: Campaign, settings: Settings) -> Found:
     goal, original = settings.goal, campaign.original_metric()
     assert goal is not None
     asked, what = goal.least_metric(original), goal.minimise
-    if asked > original:
-        raise InfeasibleError(
-            f"{goal.text}: the original itself has {format_metric('metric', original)} on validation",
-            nearest={"metric": original},
-        )
     most = campaign.original.of(what)
     lowest, highest = campaign.first_floors()[what] / most, campaign.budget.limits[what] / most
     hunt = _Hunt(
@@ -62,6 +58,7 @@ def cheapest_model(campaign: Campaign, settings: Settings) -> Found:
         verified = verified_or_rejected(campaign, best, beaten.candidates)
         if verified is not None:
             own = next((c for c in hunt.edge.good if any(c is found for found in hunt.own)), best)
+            verified = replace(verified, notes=(*verified.notes, *hunt.edge_notes()))
             return best, verified, beside_own(beaten, campaign, best, own)
         hunt.edge.forget(best)
     raise hunt.failure(goal, asked)
@@ -129,6 +126,16 @@ class _Hunt:
         beaten = self.climber.compare(leg, self.climber.allot(0, baselines=self.climber.beside(leg)))
         self._add(within_budget(self.campaign, beaten.trained))
         return beaten
+
+    def edge_notes(self) -> list[str]:
+        """That something cheaper may be good enough, where there was no look at what lies between."""
+        low, high = self.edge.low, self.edge.high
+        if high / low < _WIDE:
+            return []
+        return [
+            f"between {low:.1%} of the original's {self.what}, where nothing good enough was found, and {high:.1%} "
+            "nothing was looked at: more --trials or another --seed may find a cheaper model"
+        ]
 
     def failure(self, goal: Goal, asked: float) -> Exception:
         """What to raise where nothing can be delivered, with the nearest that was found."""

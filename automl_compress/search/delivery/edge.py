@@ -2,8 +2,8 @@
 
 Losses of one-shot trials are known at many budgets, those after recovery at the few that were looked at. What recovery
 leaves of a loss varies less between budgets than the loss itself, so the ratio of the two, as seen so far, says where
-to look next; the bracket keeps that honest. With a ratio that is right this is a secant search, with one that is wrong
-a bisection.
+to look next; the bracket keeps that honest. With a ratio that is right this is a secant search, with one that is wrong,
+which a look at too little shows that left most of the bracket, a bisection.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Edge:
     left_over: list[float] = field(default_factory=lambda: [LEFT_AFTER_RECOVERY])
     found: list[tuple[float, float, Candidate]] = field(default_factory=list)
     highest_seen: float = 0.0
+    _looked: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         self._most = self.high
@@ -57,6 +58,9 @@ class Edge:
         """The share to look at next; None when the bracket is close enough."""
         if self.high / self.low <= _CLOSE:
             return None if self.good or self.highest_seen >= self.high else self.high
+        before, self._looked = self._looked, (self.low, self.high)
+        if before is not None and before[0] < self.low and self.high / self.low > math.sqrt(before[1] / before[0]):
+            return math.sqrt(self.low * self.high)
         ratio = median(self.left_over)
         enough = [share for share, loss in self.lost if self._enough(ratio * loss)]
         aim = min(enough, default=self.high)

@@ -65,7 +65,9 @@ def front(campaign: Campaign, settings: Settings, points: Sequence[Point]) -> Re
     verified = points[0].verified
     baselines = next((p.verified.baselines for p in points if p.verified.baselines), {})
     measured = all(point.verified.cost.provenance == "measured" for point in points)
-    notes = dict.fromkeys(note for point in points for note in point.verified.notes)
+    noted = {name: point.verified.notes for name, point in zip(figures, points, strict=True)}
+    common = [note for note in points[0].verified.notes if all(note in others for others in noted.values())]
+    own = [f"{name}: {note}" for name, some in noted.items() for note in some if note not in common]
     assert settings.front is not None
     beside = {name: (point.beaten, point.verified) for name, point in zip(figures, points, strict=True)}
     standings = front_standings(beside, settings.front.minimise)
@@ -78,7 +80,7 @@ def front(campaign: Campaign, settings: Settings, points: Sequence[Point]) -> Re
         baselines=baselines,
         standings=tuple(standing.to_json() for standing in standings),
         budget=verified.budget.limits,
-        notes=(*notes, *(f"the time limit left {cut}" for cut in settings.clock.cuts), *notes_of(campaign)),
+        notes=(*common, *own, *(f"the time limit left {cut}" for cut in settings.clock.cuts), *notes_of(campaign)),
         seconds={"total": settings.clock.now() - settings.clock.begun},
     )
 

@@ -67,6 +67,8 @@ def one_shot_standings(found: Baselines) -> Iterator[Standing]:
 
 
 def _one_shot_text(rival: Rival, best: float | None, count: int, beaten: bool | None) -> str:
+    if rival.plan is None and not rival.evaluations:
+        return "no plan was found within the budget, in as many evaluations as the search had"
     if rival.plan is None:
         return f"none of the {rival.evaluations} plans that were evaluated is within the budget"
     if not rival.fits:
@@ -88,7 +90,6 @@ def full_standings(found: Baselines, verified: Verified, goal: Goal | None = Non
         rival = same or _is_rival(figures, verified, goal)  # one file that is measured twice may be on both sides
         beaten = None if not rival else False if same else _better(ours, figures, goal)
         what = "it is the delivered model" if same else f"{whose} {_shown(ours, goal)}"
-        trained = "as it was" if name == ORIGINAL else "trained"
         yield Standing(
             baseline=name,
             rung="full",
@@ -96,7 +97,7 @@ def full_standings(found: Baselines, verified: Verified, goal: Goal | None = Non
             search_metric=ours.metric,
             within_budget=rival,
             beaten=beaten,
-            text=f"{name}: {_shown(figures, goal)} {trained}, {what}: {_verdict(beaten)}",
+            text=f"{name}: {_shown(figures, goal)} {_how(name)}, {what}: {_verdict(beaten)}",
         )
 
 
@@ -106,7 +107,9 @@ def front_standings(points: Mapping[str, tuple[Baselines, Verified]], minimise: 
     for name, (found, _) in points.items():
         for standing in one_shot_standings(found):
             yield replace(standing, baseline=f"{standing.baseline} ({name})", text=f"{name}, {standing.text}")
-    baselines = {k: v for found, verified in points.values() for k, v in _trained(found, verified).items()}
+    original = next(verified.original for _, verified in points.values())
+    baselines = {ORIGINAL: original}
+    baselines |= {k: v for found, verified in points.values() for k, v in _trained(found, verified).items()}
     models = {name: verified.delivered for name, (_, verified) in points.items()}
     for name, figures in baselines.items():
         cost = figures.cost.of(minimise)
@@ -125,8 +128,12 @@ def front_standings(points: Mapping[str, tuple[Baselines, Verified]], minimise: 
             search_metric=None if best is None else cheaper[best].metric,
             within_budget=best is not None,
             beaten=beaten,
-            text=f"{name}: {_with_cost(figures, minimise)} trained, {what}",
+            text=f"{name}: {_with_cost(figures, minimise)} {_how(name)}, {what}",
         )
+
+
+def _how(baseline: str) -> str:
+    return "as it was" if baseline == ORIGINAL else "trained"
 
 
 def _trained(found: Baselines, verified: Verified) -> dict[str, Figures]:

@@ -65,8 +65,8 @@ def make_sampler(
 
 
 class AnewSampler(BaseSampler):
-    """Another sampler, made anew for every trial with a seed of that trial's. All that Optuna's samplers know of earlier
-    trials is in the study."""
+    """Another sampler, made anew for every trial with a seed of that trial's. All that Optuna's samplers know of
+    earlier trials is in the study."""
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make, self._seed = make, seed

@@ -63,6 +63,15 @@ def test_the_bracket_never_opens_again() -> None:
     assert widths == sorted(widths, reverse=True)
 
 
+def test_after_a_look_at_far_too_little_the_bracket_is_halved() -> None:
+    """One-shot losses that promise too much at the lower end are believed once."""
+    edge = Edge(low=0.01, high=1.0, allowed=0.1, lost=[(0.01, 0.0)])
+    first = edge.next()
+    assert first is not None
+    edge.nothing_at(first)
+    assert edge.next() == pytest.approx((edge.low * edge.high) ** 0.5)
+
+
 def test_where_nothing_is_good_enough_the_highest_budget_is_looked_at() -> None:
     edge = Edge(low=0.2, high=1.0, allowed=0.0, lost=[(0.4, 0.5), (0.9, 0.3)])
     seen = look(edge, 1.0, 0.1)

@@ -53,9 +53,7 @@ class Bench:
 
     def named(self, name: str) -> optuna.samplers.BaseSampler:
         decoder = Decoder(self.space, self.graph, self.table)
-        return make_sampler(
-            name, space=self.space, decoder=decoder, limits=self.budget, predict=self.predict, seed=0
-        )
+        return make_sampler(name, space=self.space, decoder=decoder, limits=self.budget, predict=self.predict, seed=0)
 
     def objective(self) -> Objective:
         return Objective(space=self.space, budget=self.budget, predict=self.predict, evaluate=self.metric)
