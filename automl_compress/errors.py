@@ -88,6 +88,18 @@ def raised(error: BaseException) -> str:
     return kind if line == kind else f"{kind}: {line}"
 
 
+# What evaluating or training one plan may end with.
+FAILURES = (CompressError, RuntimeError, MemoryError)
+
+
+def ends_all(failure: Exception) -> bool:
+    """Whether no other plan would do better: the run was stopped, or something is to be mended first. What a user's
+    own functions raise they may raise on one model alone."""
+    if not isinstance(failure, CompressError) or isinstance(failure, TaskError):
+        return False
+    return failure.exit_code != CompressError.exit_code
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of a message about a name that isn't known: the nearest of those that are, nothing where none is near."""
     near = get_close_matches(name.lower(), list(names), n=1)

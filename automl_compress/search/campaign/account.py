@@ -14,7 +14,7 @@ from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.deploy.verify import ExecutedLayer
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.sampling.storage import interrupted
-from automl_compress.search.sampling.study import ADOPTED
+from automl_compress.search.sampling.study import trial_states
 from automl_compress.search.table.dominated import is_about_bits
 
 
@@ -134,23 +134,21 @@ def _bits_saving(campaign: Campaign, plan: Plan, name: str) -> float:
 
 
 def trial_rows(campaign: Campaign) -> list[dict[str, Any]]:
-    """One row a one-shot trial: number, budget where there were several, state, metric, predicted cost."""
+    """One row a one-shot trial that came to an end: number, budget where there were several, state, metric, cost."""
     return [
-        _row(trial, label)
+        _row(trial, state, label)
         for label, study in campaign.studies().items()
-        for trial in study.get_trials(deepcopy=False)
-        if ADOPTED not in trial.user_attrs
+        for trial, state in trial_states(study)
+        if state in ("complete", "infeasible", "pruned", "failed")
     ]
 
 
-def _row(trial: optuna.trial.FrozenTrial, label: str) -> dict[str, Any]:
+def _row(trial: optuna.trial.FrozenTrial, state: str, label: str) -> dict[str, Any]:
     predicted = trial.user_attrs.get("predicted", {})
-    infeasible = any(value > 0 for value in trial.constraints.values())
-    state = {"COMPLETE": "complete", "PRUNED": "infeasible" if infeasible else "pruned"}.get(trial.state.name, "failed")
     return {
         "number": trial.number,
         "state": state,
-        "metric": trial.value if trial.state.name == "COMPLETE" else None,
+        "metric": trial.value if state == "complete" else None,
         "predicted_latency_us": predicted.get("latency"),
         "predicted_size_bytes": predicted.get("size"),
         "rung": f"one-shot, {label}" if label else "one-shot",
@@ -173,7 +171,7 @@ def ladder_rows(campaign: Campaign) -> tuple[Mapping[str, Any], ...]:
     return tuple(rows)
 
 
-def _failures(campaign: Campaign) -> list[str]:
+def failures(campaign: Campaign) -> list[str]:
     """What failed, and why: of all trials, and of all models that were to be distilled."""
     found: list[str] = []
     for what, studies in (("trial", campaign.studies()), ("distillation", campaign.recovery_studies())):
@@ -197,7 +195,7 @@ def notes(campaign: Campaign) -> tuple[str, ...]:
     skipped = [f"not counted in MACs: {name} ({count} times)" for name, count in graph.skipped.items()]
     rejected = [f"a finished model was rejected: {reason}" for reason in campaign.rejected.values()]
     return (
-        *_failures(campaign),
+        *failures(campaign),
         *rejected,
         *campaign.space.notes,
         *frozen,

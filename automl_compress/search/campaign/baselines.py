@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures
-from automl_compress.errors import CompressError, InputError, did_you_mean
+from automl_compress.errors import FAILURES, InputError, did_you_mean, ends_all, first_line
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.evaluation.lines import append_line, read_lines
@@ -75,6 +75,7 @@ class Baselines:
 
     search      the search's one-shot metrics within the budget, in the order of their evaluation
     candidates  name -> the model as recovered; of `distilled` after training like the search's own
+    failed      name -> why it could not be recovered
     own         the search's own finished model, where a baseline's is delivered
     """
 
@@ -82,6 +83,7 @@ class Baselines:
     search: tuple[float, ...] = ()
     candidates: Mapping[str, Candidate] = field(default_factory=dict)
     distilled: frozenset[str] = frozenset()
+    failed: Mapping[str, str] = field(default_factory=dict)
     own: Figures | None = None
 
     @property
@@ -132,6 +134,7 @@ def compare(
     found = find_rivals(campaign, effort, stop)
     candidates: dict[str, Candidate] = {}
     distilled = set()
+    failed: dict[str, str] = {}
     best = max(found.search, default=float("-inf"))
     # Two baselines may come to one plan, which is then one model.
     trained = {campaign.space.plan_key(r.plan) for r in found.rivals if r.plan is not None and _worth_training(r, best)}
@@ -139,10 +142,16 @@ def compare(
         if rival.plan is None or stop():
             continue
         worth = effort == "full" or campaign.space.plan_key(rival.plan) in trained
-        candidates[rival.name] = recover(rival.plan, may_train and worth)
+        try:
+            candidates[rival.name] = recover(rival.plan, may_train and worth)
+        except FAILURES as failure:
+            if ends_all(failure):
+                raise
+            failed[rival.name] = first_line(failure)
+            continue
         if may_train and worth:
             distilled.add(rival.name)
-    return replace(found, candidates=candidates, distilled=frozenset(distilled))
+    return replace(found, candidates=candidates, distilled=frozenset(distilled), failed=failed)
 
 
 def _worth_training(rival: Rival, best: float) -> bool:
@@ -195,12 +204,9 @@ def _best_random(market: Market, count: int, store: _Evaluations, stop: Callable
     for plan in islice(random_feasible(market), count):
         if stop():
             break
-        try:
-            metric = store(plan)
-        except CompressError:  # a plan that can't be evaluated is no rival
-            continue
+        metric = store(plan)
         tried += 1
-        if best is None or metric > best[0]:
+        if metric is not None and (best is None or metric > best[0]):
             best = (metric, plan)
     if best is None:
         return Rival(name=RANDOM, plan=None, evaluations=tried, fits=False)
@@ -220,12 +226,18 @@ class _Evaluations:
     def known(self, plan: Plan) -> float | None:
         return self._known.get(self._campaign.space.plan_key(plan))
 
-    def __call__(self, plan: Plan) -> float:
+    def __call__(self, plan: Plan) -> float | None:
+        """None for a plan that can't be evaluated, which is no rival."""
         key = self._campaign.space.plan_key(plan)
-        if key not in self._known:
-            self._known[key] = self._campaign.evaluate(plan)
-            append_line(self._file, {"plan": key, "metric": self._known[key]})
         self._campaign.progress.advance()
+        if key not in self._known:
+            try:
+                self._known[key] = self._campaign.evaluate(plan)
+            except FAILURES as failure:
+                if ends_all(failure):
+                    raise
+                return None
+            append_line(self._file, {"plan": key, "metric": self._known[key]})
         return self._known[key]
 
 

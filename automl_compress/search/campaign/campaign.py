@@ -30,14 +30,13 @@ from automl_compress.search.campaign.timing import Clock
 from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.search.sampling.sampler import make_sampler
 from automl_compress.search.sampling.seeds import CHEAPEST, first_plans, loosest_optimum
-from automl_compress.search.sampling.storage import known_study
+from automl_compress.search.sampling.storage import known_study, open_study
 from automl_compress.search.sampling.study import (
     Objective,
     adopt_trials,
     best_feasible,
     evaluated_plans,
     finished_trials,
-    open_study,
     ranked,
     run_trials,
     seed_plans,

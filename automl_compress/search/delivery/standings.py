@@ -99,6 +99,16 @@ def full_standings(found: Baselines, verified: Verified, goal: Goal | None = Non
             beaten=beaten,
             text=f"{name}: {_shown(figures, goal)} {_how(name)}, {what}: {_verdict(beaten)}",
         )
+    for name, reason in found.failed.items():
+        yield Standing(
+            baseline=name,
+            rung="full",
+            metric=None,
+            search_metric=ours.metric,
+            within_budget=False,
+            beaten=None,
+            text=f"{name}: could not be recovered ({reason})",
+        )
 
 
 def front_standings(points: Mapping[str, tuple[Baselines, Verified]], minimise: str) -> Iterator[Standing]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from automl_compress.core.plan import Plan
+from automl_compress.errors import FAILURES, ends_all, first_line
 from automl_compress.search.campaign.baselines import Baselines, compare
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.settings import Settings
@@ -84,8 +85,6 @@ class Climber:
         steps = allotment.rungs
         for cut in allotment.cut:
             self._tell(cut)
-        if len(steps) == 1:
-            return self.recover(campaign, plans[0], FULL, steps[0].epochs)
 
         def train(plan: Plan, rung: int) -> Candidate:
             name = FULL if rung == len(steps) - 1 else f"rung-{rung + 1}"
@@ -101,7 +100,12 @@ class Climber:
             if not self.time_for_another():
                 self._tell(f"{len(found)} of {len(plans)} baselines to compare with")
                 break
-            found[name] = self.recover(campaign, plan, FULL, allotment.baseline_epochs)
+            try:
+                found[name] = self.recover(campaign, plan, FULL, allotment.baseline_epochs)
+            except FAILURES as failure:
+                if ends_all(failure):
+                    raise
+                campaign.progress.note(f"the baseline {name} failed: {first_line(failure)}")
         return found
 
     def compare(self, campaign: Campaign, allotment: Allotment) -> Baselines:

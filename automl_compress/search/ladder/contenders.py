@@ -17,7 +17,7 @@ from torch import nn
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import FULL_BITS, Plan
-from automl_compress.errors import CompressError, Interrupted
+from automl_compress.errors import FAILURES, ends_all, first_line
 from automl_compress.hardware.device.timer import ratio
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task
@@ -78,10 +78,10 @@ class Contenders:
     def _attempted(self, name: str, train: Callable[[], Candidate | None]) -> Candidate | None:
         try:
             return train()
-        except Interrupted:
-            raise
-        except (CompressError, RuntimeError, MemoryError) as error:
-            reason = f"student {name} failed, and doesn't compete: {' '.join(str(error).split())[:500]}"
+        except FAILURES as error:
+            if ends_all(error):
+                raise
+            reason = f"student {name} failed, and doesn't compete: {first_line(error)}"
             self._campaign.rejected[f"student {name}"] = reason
             self._campaign.progress.note(reason)
             return None

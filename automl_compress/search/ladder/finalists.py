@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from automl_compress.core.plan import Plan
+from automl_compress.errors import TrainingError
+from automl_compress.search.campaign.account import failures
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.measuring import calibrate, confirm
 from automl_compress.search.ladder.entrants import in_order, variants
@@ -46,6 +48,8 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
         if passed:
             return passed
     counts = campaign.trial_counts()
+    if counts["failed"] and not counts["complete"]:
+        raise TrainingError(f"no trial came to an end: {'; '.join(failures(campaign))}")
     if not counts["complete"]:
         raise campaign.infeasible(
             f"none of {sum(counts.values())} plans that were tried is predicted to meet the budget"

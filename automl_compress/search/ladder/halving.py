@@ -15,7 +15,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from automl_compress.core.plan import Plan
-from automl_compress.errors import CompressError
+from automl_compress.errors import FAILURES, ends_all, first_line
 from automl_compress.search.campaign.timing import Rung
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.sampling.storage import INTERRUPTED
@@ -86,11 +86,11 @@ def halve(
             trial, plan = alive.pop(0) if alive else (_enter(study, waiting[0], number), waiting.pop(0))
             try:
                 candidate = train(plan, index)
-            except (CompressError, RuntimeError, MemoryError) as failure:
-                if isinstance(failure, CompressError) and failure.exit_code != CompressError.exit_code:
-                    raise  # nothing that another plan would be better at
+            except FAILURES as failure:
+                if ends_all(failure):
+                    raise
                 error = failure
-                trial.set_user_attr("reason", " ".join(str(failure).split())[:500])
+                trial.set_user_attr("reason", first_line(failure))
                 study.tell(trial, state=TrialState.FAIL)
                 continue
             trial.report(candidate.metric, index)

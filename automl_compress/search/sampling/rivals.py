@@ -15,6 +15,7 @@ import optuna
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
+from automl_compress.errors import TrainingError
 from automl_compress.search.sampling.sampler import make_sampler
 from automl_compress.search.sampling.study import Objective, best_feasible, run_trials
 from automl_compress.search.solvers.decode import Decoder
@@ -124,7 +125,7 @@ def classic_space(space: SearchSpace) -> SearchSpace | None:
 
 
 def prune_then_quantize(
-    market: Market, evaluations: int, evaluate: Callable[[Plan], float], stop: Callable[[], bool] = lambda: False
+    market: Market, evaluations: int, evaluate: Callable[[Plan], float | None], stop: Callable[[], bool] = lambda: False
 ) -> tuple[Plan | None, float | None, int]:
     """The classic route: the best pruned model in 32 bits, then uniform quantization.
 
@@ -149,16 +150,18 @@ def prune_then_quantize(
         seed=market.seed,
     )
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.NopPruner())
-    objective = Objective(
-        space=space,
-        budget=market.budget,
-        predict=market.predict,
-        evaluate=lambda plan: evaluate(replace(plan, bits={k: b for k, b in plan.bits.items() if k not in decided})),
-    )
+
+    def in_32_bits(plan: Plan) -> float:
+        metric = evaluate(replace(plan, bits={k: b for k, b in plan.bits.items() if k not in decided}))
+        if metric is None:
+            raise TrainingError("the plan can't be evaluated")
+        return metric
+
+    objective = Objective(space=space, budget=market.budget, predict=market.predict, evaluate=in_32_bits)
     done = 0
     # One evaluation is kept for the quantized model.
     for trials in range(1, _TRIALS_PER_EVALUATION * evaluations):
-        if done >= evaluations - 1 or stop() or run_trials(study, objective, trials) == "exhausted":
+        if done >= evaluations - 1 or stop() or run_trials(study, objective, trials, failure_share=1) == "exhausted":
             break
         done = sum("repeat_of" not in t.user_attrs for t in study.trials if t.state.name == "COMPLETE")
     best = best_feasible(study)

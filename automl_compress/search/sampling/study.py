@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +18,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from automl_compress.core.budget import METRICS, Budget, Cost
 from automl_compress.core.plan import Plan
-from automl_compress.errors import CompressError, Interrupted, PlanError, TrainingError
+from automl_compress.errors import FAILURES, CompressError, Interrupted, PlanError, TrainingError, first_line
 from automl_compress.search.sampling.sampler import trial_plan
 from automl_compress.search.sampling.storage import (
     INTERRUPTED,
     interrupted,
-    open_study,
     requeue,
     requeue_dead,
     this_worker,
@@ -31,22 +30,6 @@ from automl_compress.search.sampling.storage import (
 )
 from automl_compress.search.sampling.trials import refused
 from automl_compress.search.space.space import SearchSpace
-
-__all__ = [
-    "ADOPTED",
-    "Objective",
-    "adopt_trials",
-    "best_feasible",
-    "evaluated",
-    "evaluated_plans",
-    "finished_trials",
-    "open_study",
-    "ranked",
-    "run_trials",
-    "seed_plans",
-    "trial_counts",
-    "trial_plan",
-]
 
 Stopped = Literal["trials", "time", "exhausted"]
 Callback = Callable[[Study, FrozenTrial], None]
@@ -152,14 +135,13 @@ def _one_trial(study: Study, objective: Objective) -> FrozenTrial:
             trial.set_user_attr(INTERRUPTED, True)
             trial.set_user_attr("reason", "interrupted")
             raise
-        except (CompressError, RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            trial.set_user_attr("reason", reason[:500])
+        except FAILURES as error:
+            trial.set_user_attr("reason", first_line(error))
             raise
 
     try:
         # `optimize` rather than ask and tell: it keeps the heartbeat of a trial in a database.
-        study.optimize(run, n_trials=1, catch=(CompressError, RuntimeError, MemoryError))
+        study.optimize(run, n_trials=1, catch=FAILURES)
     except KeyboardInterrupt:
         if numbers:
             requeue(study, _trial(study, numbers[0]))
@@ -303,19 +285,24 @@ def trial_counts(study: Study) -> dict[str, int]:
     """How the trials ended: complete, infeasible, pruned, failed, interrupted; and running, waiting. 'reused' are those
     that were run under other budgets, where there are any."""
     counts = dict.fromkeys(("complete", "infeasible", "pruned", "failed", INTERRUPTED, "running", "waiting"), 0)
-    plain = {TrialState.COMPLETE: "complete", TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
+    for _, state in trial_states(study):
+        counts[state] = counts.get(state, 0) + 1
+    return counts
+
+
+def trial_states(study: Study) -> Iterator[tuple[FrozenTrial, str]]:
+    """Every trial with how it ended, in the words of `trial_counts`."""
     trials = study.get_trials(deepcopy=False)
     gone = interrupted(trials)
     for trial in trials:
         if ADOPTED in trial.user_attrs:
-            counts["reused"] = counts.get("reused", 0) + 1
+            yield trial, "reused"
         elif trial.state == TrialState.PRUNED:
-            counts["pruned" if _feasible(trial) else "infeasible"] += 1
+            yield trial, "pruned" if _feasible(trial) else "infeasible"
         elif trial.state == TrialState.FAIL:
-            counts[INTERRUPTED if trial.number in gone else "failed"] += 1
+            yield trial, INTERRUPTED if trial.number in gone else "failed"
         else:
-            counts[plain[trial.state]] += 1
-    return counts
+            yield trial, trial.state.name.lower()
 
 
 def ranked(

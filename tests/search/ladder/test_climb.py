@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 
 from automl_compress.core.plan import Plan
@@ -81,7 +82,8 @@ def climber(hand: Hand, monkeypatch: pytest.MonkeyPatch, *, limit: float | None,
     clock.record("measuring", MEASURING)
     clock.record("metric", 0.1)
     campaign: Any = SimpleNamespace(
-        bench=SimpleNamespace(task=SimpleNamespace(train=range(BATCHES))),
+        bench=SimpleNamespace(task=SimpleNamespace(train=range(BATCHES)), standard_error=lambda value, whole: 0.0),
+        recovery_study=lambda: optuna.create_study(direction="maximize"),
         folder=None,
         clock=clock,
         progress=SilentProgress(),

@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from automl_compress.core.plan import Plan
-from automl_compress.errors import Interrupted, TaskError, TrainingError
+from automl_compress.errors import Interrupted, RunFolderError, TaskError, TrainingError
 from automl_compress.search.campaign.timing import rungs
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.ladder.halving import best_alike, halve
@@ -71,7 +71,10 @@ def test_a_second_round_is_not_held_against_the_first(study: optuna.Study) -> No
     assert halve(study, PLANS[:4], rungs(9, 4), train).plan.width == 0.4
 
 
-@pytest.mark.parametrize("error", [TrainingError("diverged"), RuntimeError("can't allocate memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [TaskError("the metric is NaN"), TrainingError("diverged"), RuntimeError("can't allocate memory"), MemoryError()],
+)
 def test_a_training_that_fails_is_recorded_and_the_next_takes_its_place(study: optuna.Study, error: Exception) -> None:
     def metric(plan: Plan, rung: int) -> float:
         if plan.width in (0.3, 0.8):
@@ -94,7 +97,9 @@ def test_where_all_fail_the_last_failure_is_raised(study: optuna.Study) -> None:
         halve(study, PLANS, STEPS, trainer(metric)[0])
 
 
-@pytest.mark.parametrize("error", [TaskError("the loader yields nothing"), Interrupted("stopped"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [RunFolderError("the loader yields nothing"), Interrupted("stopped"), KeyboardInterrupt()]
+)
 def test_what_no_other_plan_would_mend_ends_it(study: optuna.Study, error: BaseException) -> None:
     def metric(plan: Plan, rung: int) -> float:
         raise error

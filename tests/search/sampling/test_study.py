@@ -17,11 +17,17 @@ from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
 from automl_compress.errors import CompressError, DeviceError, InputError, Interrupted, RunFolderError
 from automl_compress.search.sampling.sampler import BudgetSampler
-from automl_compress.search.sampling.storage import JOURNAL, join_study, requeue_dead, this_worker, worker_is_dead
+from automl_compress.search.sampling.storage import (
+    JOURNAL,
+    join_study,
+    open_study,
+    requeue_dead,
+    this_worker,
+    worker_is_dead,
+)
 from automl_compress.search.sampling.study import (
     Objective,
     best_feasible,
-    open_study,
     ranked,
     run_trials,
     seed_plans,
