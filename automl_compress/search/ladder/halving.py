@@ -15,7 +15,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from automl_compress.core.plan import Plan
-from automl_compress.errors import FAILURES, ends_all, first_line
+from automl_compress.errors import FAILURES, TaskError, TrainingError, ends_all, first_line
 from automl_compress.search.campaign.timing import Rung
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.sampling.storage import INTERRUPTED
@@ -70,8 +70,8 @@ def halve(
     train           the model of a plan, trained for a rung (its index)
     standard_error  of a metric: where a rung can't tell plans apart, the order that they came in counts
 
-    A model whose training fails is a failed trial, and the next one takes its place. Raises the last failure where all
-    fail.
+    A model whose training fails is a failed trial, and the next one takes its place. Raises TrainingError
+    with the last failure where all fail, and what a task's own functions raised as it is.
     """
     _abandoned(study)
     number = 1 + max((t.user_attrs.get(_ROUND, 0) for t in study.get_trials(deepcopy=False)), default=0)
@@ -104,7 +104,10 @@ def halve(
         alive.sort(key=lambda entry: -_reported(study, entry[0], index))
     if not reached:
         assert error is not None
-        raise error
+        if isinstance(error, TaskError):
+            raise error
+        count = len(plans) - len(waiting)
+        raise TrainingError(f"all {count} models failed in training, the last one because: {first_line(error)}")
     trial, _, candidate = reached[0]
     study.tell(trial, candidate.metric)
     return candidate

@@ -25,14 +25,13 @@ _STEP_BACK = 0.98
 def first_plans(
     space: SearchSpace, quality: Mapping[QualityKey, float], excess: Callable[[Plan], float], milp: Plan | None
 ) -> dict[str, Plan]:
-    """Label -> plan: all that a search starts from. `excess`: of `fewest_blocks`; `milp`: the table's optimum, where
-    there is one."""
+    """Label -> plan: all that a search starts from, the most promising first, as trials may be few. `excess`: of
+    `fewest_blocks`; `milp`: the table's optimum, where there is one."""
     plans = simple_plans(space)
-    if milp is not None:
-        plans[MILP] = milp
     quantized = next((plan for name, plan in plans.items() if name.startswith(UNIFORM)), Plan())
-    fewest = fewest_blocks(space, quality, quantized, excess)
-    return plans if fewest is None else {**plans, FEWEST_BLOCKS: fewest}
+    best = {MILP: milp, FEWEST_BLOCKS: fewest_blocks(space, quality, quantized, excess)}
+    first = {name: plan for name, plan in plans.items() if name == ORIGINAL or name.startswith(UNIFORM)}
+    return first | {name: plan for name, plan in best.items() if plan is not None} | plans
 
 
 def simple_plans(space: SearchSpace) -> dict[str, Plan]:
