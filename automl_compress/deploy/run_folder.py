@@ -18,13 +18,15 @@ from filelock import FileLock, Timeout
 from automl_compress.errors import RunFolderError
 
 _IDENTITY = "run.json"
+# What a run is recognised by without a reader being able to: said in words, and after what can be read.
+_DIGESTS = {"task": "model (weights, or validation data)", "graph": "model's structure", "space": "search space"}
 
 
 class RunFolder:
     """An opened run folder; hold it as a context manager. Only one run at a time may use it.
 
     `identity` says what run this is (model, space, profile, budget …). A folder with another identity is refused with
-    the first thing that differs; the same one is resumed.
+    one thing that differs; the same one is resumed.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
@@ -62,6 +64,8 @@ class RunFolder:
 
     def file(self, *names: str) -> Path:
         """A path inside the folder; its parents exist."""
+        if not self.path.is_dir():
+            raise RunFolderError(f"run folder {self.path} is gone: what it held is lost, the same command starts anew")
         path = self.path.joinpath(*names)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -108,9 +112,10 @@ class RunFolder:
             return
         if not isinstance(found, dict):
             raise RunFolderError(f"{self.path / _IDENTITY}: damaged; choose another folder with -o")
-        for name, value in identity.items():
-            if found.get(name) != value:
-                raise RunFolderError(
-                    f"run folder {self.path} belongs to another run: its {name} is {found.get(name)!r}, this one's "
-                    f"is {value!r}; choose another with -o"
-                )
+        differing = sorted((name for name in identity if found.get(name) != identity[name]), key=_DIGESTS.__contains__)
+        if differing:
+            name = differing[0]
+            what = f"its {name} is {found.get(name)!r}, this one's is {identity[name]!r}"
+            if name in _DIGESTS:
+                what = f"its {_DIGESTS[name]} is not this one's"
+            raise RunFolderError(f"run folder {self.path} belongs to another run: {what}; choose another with -o")

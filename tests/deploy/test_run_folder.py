@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,19 @@ def test_another_runs_folder_is_refused_with_what_differs(tmp_path: Path) -> Non
         with pytest.raises(RunFolderError, match="belongs to another run"):
             RunFolder(tmp_path, identity)
     assert (tmp_path / "run.json").read_bytes() == before
+    with pytest.raises(RunFolderError, match="its model \\(weights, or validation data\\) is not this one's"):
+        RunFolder(tmp_path, {**IDENTITY, "task": "xyz"})
+    with pytest.raises(RunFolderError, match="its budget is"):  # what can be read comes first
+        RunFolder(tmp_path, {"task": "xyz", "budget": "latency 30%"})
+
+
+def test_a_folder_that_was_removed_is_not_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunFolder(path, IDENTITY) as folder:
+        shutil.rmtree(path)
+        with pytest.raises(RunFolderError, match="is gone"):
+            folder.write_json("result.json", {})
+    assert not path.exists()
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
