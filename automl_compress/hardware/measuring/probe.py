@@ -25,7 +25,7 @@ from typing import Any
 from .bursts import compare, lower, trace
 from .conditions import Watch, pin, pinned_cores
 from .machine import machine_facts
-from .serve import Say, first_line, serve
+from .serve import Say, in_one_line, serve
 from .serve import turn as device_turn
 from .sessions import Settings, open_session
 from .weighing import memory, peak_of, savings
@@ -91,7 +91,7 @@ def answer(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, A
             found = {"ok": True, **ACTIONS[request["do"]](request, settings, say)}
             return {**found, "conditions": watch.report()} if watch else found
     except Exception as error:  # whatever the runtime raises has to reach the other side as an answer
-        return {"ok": False, "error": first_line(error)}
+        return {"ok": False, "error": in_one_line(error)}
 
 
 def answer_pinned(request: dict[str, Any], settings: Settings, say: Say) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def store(path: str, content: bytes) -> str:
             file.write(content)
     except OSError as error:
         discard([path])
-        return first_line(error)
+        return in_one_line(error)
     return ""
 
 
@@ -117,11 +117,11 @@ def fetched(path: str, found: dict[str, Any]) -> tuple[dict[str, Any], bytes | N
             content = file.read()
         os.unlink(path)
     except OSError as error:
-        return {"ok": False, "error": first_line(error)}, None
+        return {"ok": False, "error": in_one_line(error)}, None
     return found, content
 
 
-def first_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """What went wrong, for a person at the other side."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed for {sys.executable}: {sys.executable} -m pip install {error.name}"
