@@ -23,7 +23,13 @@ from torch.export import Dim, ExportedProgram
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.deploy.batch_norm import BatchNormPair, batch_norm_pairs, folded_tensors, named_tensors
-from automl_compress.deploy.normalise import drop_additions, find_additions, normalise, rename_initializer
+from automl_compress.deploy.normalise import (
+    find_additions,
+    find_bypasses,
+    normalise,
+    rename_initializer,
+    take_shortcuts,
+)
 from automl_compress.deploy.numbers import fill_numbers, find_numbers, modules_of
 from automl_compress.deploy.verify import check_float
 from automl_compress.errors import CompressError, ExportError, first_line
@@ -67,6 +73,8 @@ class Template:
         program, self.dynamic_batch = export_program(distinct, example_inputs)
         self._skeleton = _to_onnx(program, sample(example_inputs, 2 if self.dynamic_batch else 1))
         modules = modules_of(self._skeleton.graph)
+        repeated = {block.name: block.modules[0] for block in graph.blocks if block.ending == "input"}
+        bypasses = find_bypasses(self._skeleton.graph, repeated)
         normalise(self._skeleton, graph)
         self._numbers = find_numbers(self._skeleton.graph, modules, graph)
         pairs = batch_norm_pairs(distinct, program)
@@ -75,7 +83,7 @@ class Template:
         self._sources = _find_sources(self._skeleton, _tensors(distinct, self._pairs))
         _name_weights(self._skeleton.graph, self._sources)
         blocks = {block.name: frozenset(block.layers) for block in graph.blocks}
-        self._additions = find_additions(self._skeleton.graph, blocks)
+        self._shortcuts = {**find_additions(self._skeleton.graph, blocks), **bypasses}
         self.usable = self._agrees(distinct, model)
         for tensor in self._skeleton.graph.initializer:
             if tensor.name in self._sources and self.usable:
@@ -88,7 +96,7 @@ class Template:
         differs, the model is exported by itself. Raises ExportError if that fails as well.
         """
         touched = _touched(self.graph, plan)
-        if not self.usable or not plan.drop <= self._additions.keys():
+        if not self.usable or not plan.drop <= self._shortcuts.keys():
             return self._export_alone(model)
         try:
             filled = self._filled(model, plan)
@@ -102,10 +110,10 @@ class Template:
 
     def drop_blocks(self, graph: onnx.GraphProto, blocks: Iterable[str]) -> None:
         """Take removed blocks out of a graph that this template filled in. Raises ExportError for an unknown one."""
-        missing = [block for block in blocks if block not in self._additions]
+        missing = [block for block in blocks if block not in self._shortcuts]
         if missing:
             raise ExportError(f"block {missing[0]} is not in the exported graph; leave it out of the search space")
-        drop_additions(graph, dict(self._additions[block] for block in blocks))
+        take_shortcuts(graph, dict(self._shortcuts[block] for block in blocks))
 
     def _filled(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
         result = onnx.ModelProto()

@@ -238,19 +238,21 @@ def _strip(model: onnx.ModelProto) -> None:
         part.doc_string = ""
 
 
-def drop_additions(graph: onnx.GraphProto, additions: Mapping[str, int]) -> None:
-    """Remove residual branches; `additions`: output of the Add -> which of its inputs is the branch."""
+def take_shortcuts(graph: onnx.GraphProto, shortcuts: Mapping[str, str]) -> None:
+    """Remove what lies between values; `shortcuts`: the value that vanishes -> the one that stands in for it."""
+    taken: dict[str, str] = {}
     for node in list(graph.node):
-        branch = additions.get(node.output[0])
-        if branch is None:
+        output = node.output[0]
+        if output not in shortcuts:
             continue
-        shortcut = node.input[1 - branch]
-        if any(value.name == node.output[0] for value in graph.output):
+        # It may have vanished itself: producers come first.
+        taken[output] = shortcut = taken.get(shortcuts[output], shortcuts[output])
+        if any(value.name == output for value in graph.output):
             node.op_type = "Identity"
-            del node.input[:]
+            del node.input[:], node.attribute[:]
             node.input.append(shortcut)
         else:
-            replace_uses(graph, node.output[0], shortcut)
+            replace_uses(graph, output, shortcut)
     _drop_idle_relus(graph)
     remove_unused(graph)
 
@@ -268,14 +270,14 @@ def _drop_idle_relus(graph: onnx.GraphProto) -> None:
             positive.update(node.output)
 
 
-def find_additions(graph: onnx.GraphProto, layers: Mapping[str, frozenset[str]]) -> dict[str, tuple[str, int]]:
-    """Block name -> (output of the Add that ends it, which of its inputs is the branch), given block -> its layers.
+def find_additions(graph: onnx.GraphProto, layers: Mapping[str, frozenset[str]]) -> dict[str, tuple[str, str]]:
+    """Block name -> (output of the Add that ends it, its input that isn't the branch), given block -> its layers.
 
     The branch is the input from which exactly the block's layers are reached that the other input doesn't depend on.
     """
     names = {name for part in layers.values() for name in part}
     behind: dict[str, frozenset[str]] = {}
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[str, tuple[str, str]] = {}
     for node in graph.node:
         parts = [behind.get(value, frozenset()) for value in node.input]
         if node.op_type == "Add" and len(parts) == 2:
@@ -283,8 +285,25 @@ def find_additions(graph: onnx.GraphProto, layers: Mapping[str, frozenset[str]])
                 own = parts[branch] - parts[1 - branch]
                 for block, wanted in layers.items():
                     if own == wanted and block not in found:
-                        found[block] = (node.output[0], branch)
+                        found[block] = (node.output[0], node.input[1 - branch])
         own_layer = frozenset({node.name}) & names
         reached = frozenset().union(*parts, own_layer)
         behind.update(dict.fromkeys(node.output, reached))
+    return found
+
+
+def find_bypasses(graph: onnx.GraphProto, modules: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Block name -> (the value that leaves its module, the one that enters it), given block -> its module, while the
+    exporter's notes are there. Without modules that several values enter or leave."""
+    constants = {tensor.name for tensor in graph.initializer}
+    found: dict[str, tuple[str, str]] = {}
+    for block, path in modules.items():
+        within = [f"{module_scope(node)}.".startswith(f"{path}.") for node in graph.node]
+        inside = [node for node, inner in zip(graph.node, within, strict=True) if inner]
+        made = {value for node in inside for value in node.output}
+        entering = {value for node in inside for value in node.input if value} - made - constants
+        used = {value for node, inner in zip(graph.node, within, strict=True) if not inner for value in node.input}
+        leaving = made & (used | {value.name for value in graph.output})
+        if len(entering) == len(leaving) == 1:
+            found[block] = (leaving.pop(), entering.pop())
     return found

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from automl_compress.core.graph import Cells, Graph
+from automl_compress.core.graph import Cells, Graph, Numbers
 from automl_compress.deploy.normalise import module_scope, shape_constant
 from automl_compress.techniques.onnx_graph import GraphView
 
@@ -87,20 +87,20 @@ def _matching(graph: Graph, module: str, kind: str, values: Sequence[int]) -> li
     for numbers in graph.numbers:
         if numbers.module != module:
             continue
-        if numbers.kind == kind and _same(kind, values, numbers.values):
+        if numbers.kind == kind and _same(kind, values, numbers):
             calls.append(numbers.cells)
         elif numbers.kind == "groups" and kind == "shape" and tuple(values) == (0, numbers.values[0], -1):
             calls.append(((), numbers.cells[0], ()))
     return calls
 
 
-def _same(kind: str, values: Sequence[int], known: Sequence[int]) -> bool:
-    if len(values) != len(known):
+def _same(kind: str, values: Sequence[int], known: Numbers) -> bool:
+    if len(values) != len(known.values):
         return False
-    # In a shape, -1 and 0 stand for a size that follows the data; the batch, first, may be anything.
+    # In a shape, -1 and 0 stand for a size that follows the data; the batch, first and no channels, may be anything.
     free = (-1, 0) if kind == "shape" else ()
-    start = 1 if kind == "shape" else 0
-    return all(a == b or a in free for a, b in zip(values[start:], known[start:], strict=True))
+    start = 1 if kind == "shape" and not known.cells[0] else 0
+    return all(a == b or a in free for a, b in zip(values[start:], known.values[start:], strict=True))
 
 
 def fill_numbers(

@@ -48,3 +48,20 @@ def test_cut_attention_is_filled_into_the_template(drop: frozenset[str]) -> None
     filled = template.fill(smaller, plan)
     assert not template.notes
     check_float(filled, smaller, (torch.randn(3, 6, 32),))
+
+
+def test_repeated_encoder_layers_are_cut_and_removed_in_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The sequence is as long as a head is wide: sizes alone don't tell what a number counts.
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True) for _ in range(3)]
+    model, inputs = nn.Sequential(nn.Linear(4, 16), *layers, nn.Linear(16, 3)).eval(), (torch.randn(2, 8, 4),)
+    graph = trace(model, inputs)
+    template = Template(model, inputs, graph)
+    monkeypatch.setattr(template, "_export_alone", lambda model: pytest.fail("a plan was exported by itself"))
+    repeated = [block.name for block in graph.blocks if block.ending == "input"]
+    assert len(repeated) > 1
+    for drop in ([], repeated[:1], repeated):
+        plan = Plan(sparsity=dict.fromkeys(graph.group, 0.5), drop=frozenset(drop))
+        plan = select_channels(graph, plan, Ranking(Evidence(model, graph), l2))
+        smaller = apply_plan(model, graph, plan)
+        check_float(template.fill(smaller, plan), smaller, (torch.randn(3, 8, 4),))
