@@ -246,9 +246,7 @@ def profile(
     """
     progress = progress or SilentProgress()
     wanted = [tasks] if isinstance(tasks, str | Task) else list(tasks)
-    require_sense(
-        wanted, kernels=kernels, profile=profile, device=device, space=space, threads=threads, weights=weights
-    )
+    require_sense(wanted, kernels=kernels, space=space, weights=weights)
     found = []
     with open_device(profile, device, progress, threads=threads) as place:
         place.profile.require_match()

@@ -41,19 +41,15 @@ def _profile(
     debug: Debug = False,
 ) -> Action:
     def run(api: Any) -> int:
-        wanted = {
-            "kernels": kernels,
-            "profile": profile,
-            "device": device,
-            "space": space,
-            "threads": threads,
-            "weights": weights,
-        }
+        wanted = {"kernels": kernels, "space": space, "weights": weights}
+        place = {"profile": profile, "device": device, "threads": threads}
         # What is wrong with the arguments is said before the api is there, which takes seconds.
-        import_module("automl_compress.search.campaign.asked").require_sense(tasks or [], **wanted)
+        asked = import_module("automl_compress.search.campaign.asked")
+        asked.require_sense(tasks or [], **wanted)
+        asked.require_profile(**place)
         with stdout_to_stderr(), display(quiet) as progress:
             api = api or import_module("automl_compress.api")
-            found = api.profile(tasks or [], seed=seed, progress=progress, **wanted)
+            found = api.profile(tasks or [], seed=seed, progress=progress, **wanted, **place)
         rows = [profiled.to_json() for profiled in found]
         print_result(json.dumps(rows, indent=2) if as_json else "\n".join(_text(row) for row in rows))
         return 0

@@ -45,15 +45,18 @@ class Ranking:
         return tuple(sorted(self._order[group][:count]))
 
 
-def select_channels(graph: Graph, plan: Plan, ranking: Ranking) -> Plan:
-    """The plan with `kept` filled in for every group that loses channels. A plan that has `kept` stays as it is."""
+def select_channels(graph: Graph, plan: Plan, ranking: Ranking | None) -> Plan:
+    """The plan with `kept` filled in for every group that loses channels. A plan that has `kept` stays as it is.
+
+    Without a ranking it is the first channels: for a model of which only the shape counts.
+    """
     if plan.kept:
         return plan
     kept = {}
     for group in graph.groups:
         count = plan.kept_count(group.name, group.size)
         if count < group.size:
-            kept[group.name] = ranking.best(group.name, count)
+            kept[group.name] = tuple(range(count)) if ranking is None else ranking.best(group.name, count)
     return replace(plan, kept=kept)
 
 

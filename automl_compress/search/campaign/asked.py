@@ -17,16 +17,10 @@ def require_sense(
     tasks: Iterable[object],
     *,
     kernels: str | None,
-    profile: str,
-    device: str,
     space: str,
-    threads: int | None,
     weights: str | Path | None,
 ) -> None:
-    """Raise CompressError for whatever the arguments alone show to be wrong; see `api.profile`.
-
-    A device elsewhere isn't reached for that, so whether a profile is of it is found out later.
-    """
+    """Raise CompressError for whatever the arguments alone show to be wrong; see `api.profile`."""
     wanted = list(tasks)
     if kernels not in (None, "standard"):
         raise InputError(f"unknown kernels {kernels!r}: the only set is 'standard'")
@@ -38,6 +32,13 @@ def require_sense(
     if weights is not None and not Path(weights).is_file():
         raise TaskError(f"--weights {weights}: no such file")
     load_space(space)
+
+
+def require_profile(profile: str, device: str, threads: int | None) -> None:
+    """Raise CompressError for a profile that can't be read, or is another machine's.
+
+    A device elsewhere isn't reached for that, so whether a profile is of it is found out later.
+    """
     if link_to(device) is LOCAL:
         load_profile(profile, threads=threads).require_match()
     else:

@@ -28,11 +28,12 @@ from automl_compress.progress import Progress
 from automl_compress.search.campaign.measured import MeasuredCosts
 from automl_compress.search.campaign.timing import Clock
 from automl_compress.search.evaluation.evaluate import Workbench
-from automl_compress.search.sampling.sampler import make_sampler
+from automl_compress.search.sampling.sampler import make_sampler, proposes_what_fits
 from automl_compress.search.sampling.seeds import CHEAPEST, first_plans, loosest_optimum
 from automl_compress.search.sampling.storage import known_study, open_study
 from automl_compress.search.sampling.study import (
     Objective,
+    Stopped,
     adopt_trials,
     best_feasible,
     evaluated_plans,
@@ -50,6 +51,7 @@ from automl_compress.search.table.table import AdditiveTable
 
 # The search aims a little below a budget: a prediction errs by a percent or two, and a miss costs a distillation.
 AIM = {"latency": 0.985, "memory": 0.97}
+_REFUSALS = 5  # plans over the budget in a row, each the best of dozens that were asked for, until trials end
 STUDY = "one-shot"
 SENSITIVITY, SPACE, MEASURED, FLOORS = "sensitivity.jsonl", "space.json", "measured.jsonl", "floors.json"
 
@@ -107,27 +109,27 @@ class Campaign:
             leg = copy(self)
             leg.limits, leg.label = {**self.limits, metric: limit}, label
             leg._study, leg._recovery, leg._seeds, leg._begun, leg.calibrated = None, None, None, False, False
-            leg.budget = Budget.resolve(leg.limits, self.original)
+            leg.budget, leg.edge = Budget.resolve(leg.limits, self.original), None
             self.legs[label] = leg
         return self.legs[label]
 
-    def explore(self, trials: int, timeout: float | None = None) -> None:
-        """One-shot trials until the study holds `trials` finished ones, or `timeout` seconds are over."""
+    def explore(self, trials: int, timeout: float | None = None) -> Stopped:
+        """One-shot trials until the study holds so many, `timeout` seconds are over, or no others are found to fit."""
         study = self.study()
         seed_plans(study, self.space, self.seeds(), self.fits)
         self.progress.stage("one-shot trials", trials, seconds=timeout)
-        elsewhere = ("waiting", "running", "reused")
-        self.progress.advance(sum(count for state, count in trial_counts(study).items() if state not in elsewhere))
+        self.progress.advance(finished_trials(study))
 
         def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            self.progress.advance(
-                1, **{k: v for k, v in trial_counts(study).items() if v and k in ("failed", "infeasible")}
-            )
+            counts = {k: v for k, v in trial_counts(study).items() if v and k in ("failed", "infeasible")}
+            self.progress.advance(1, **counts)
             best = best_feasible(study)
             if best is not None and best.number == trial.number:
                 self.progress.best(best.value or 0.0, self.describe(self.space.plan(best.params)))
 
-        run_trials(study, self._objective(), trials, timeout=timeout, callbacks=[after], failure_share=self.max_failed)
+        refusals = _REFUSALS if proposes_what_fits(self.sampler) else math.inf
+        run = partial(run_trials, callbacks=[after], failure_share=self.max_failed, refusals=refusals)
+        return run(study, self._objective(), trials, timeout=timeout)
 
     def study(self) -> optuna.Study:
         """The one-shot study, in the run folder or in the storage that was named."""
@@ -184,9 +186,8 @@ class Campaign:
     def seeds(self) -> Mapping[str, Plan]:
         """The plans that every search starts from, by label, as they were before any trial."""
         if self._seeds is None:
-            edge = {} if self.edge is None else {CHEAPEST: self.edge}
-            self._seeds = edge | first_plans(self.space, self.table.quality, self._excess, self._first_optimum())
-        return self._seeds
+            self._seeds = first_plans(self.space, self.table.quality, self._excess, self._first_optimum())
+        return self._seeds if self.edge is None else {CHEAPEST: self.edge, **self._seeds}
 
     def _first_optimum(self) -> Plan | None:
         """The table's optimum as it was before any trial; None where it had none within the budget."""
@@ -328,12 +329,9 @@ class Campaign:
         """The original's metric on the validation samples of one-shot trials."""
         return self.bench.original_one_shot
 
-    def ranked(self, count: int) -> list[Plan]:
-        """Plans of finished trials, best first, that are within the budget by what is known today."""
-        return [plan for plan, _ in self.ranked_figures(count)]
-
     def ranked_figures(self, count: int) -> list[tuple[Plan, float]]:
-        """The same with their one-shot metrics."""
+        """Plans of finished trials with their one-shot metrics, best first, that are within the budget by what is known
+        today."""
         found = ranked(self.study(), count, fits=lambda trial: self.fits(self.space.plan(trial.params)))
         return [(self.space.plan(trial.params), float(trial.values[0])) for trial in found]
 

@@ -37,8 +37,8 @@ def learn(campaign: Campaign, goal: Goal | None = None) -> None:
     clock = campaign.clock
     clock.require(_LEAST_MEASURED * (clock.typical("measuring") or 0.0), "measuring what is to be delivered")
     learn_device(campaign)
-    measured = campaign.measured.values()
-    require_feasible(campaign.reach, campaign.aim, campaign.budget, campaign.original, measured)
+    known = (campaign.aim, campaign.budget, campaign.original, campaign.measured.values())
+    require_feasible(campaign.reach, *known, settled=campaign.device.measures)
     settle_edge(campaign)
     learn_quality(campaign)
 

@@ -22,7 +22,7 @@ from automl_compress.errors import InfeasibleError
 from automl_compress.hardware.device.timer import ratio
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.sampling.seeds import UNIFORM, fewest_blocks, simple_plans
-from automl_compress.search.solvers.feasibility import additive_limits
+from automl_compress.search.solvers.feasibility import ERROR, additive_limits
 from automl_compress.search.solvers.quick import QuickDecoder
 from automl_compress.search.space.space import SearchSpace
 from automl_compress.search.table.table import AdditiveTable
@@ -30,7 +30,8 @@ from automl_compress.search.table.table import AdditiveTable
 CALIBRATION = "calibration.json"
 _NEAR = 1.25  # a plan that is predicted within this factor of the budget says something about it
 _SCALES = (0.85, 0.95, 1.05, 1.15)
-_CHEAPEST = 4  # plans that are measured where the cheapest is predicted to be just over the budget
+_FASTEST = 12  # plans that may be measured where the cheapest is predicted to be about the budget
+_AT_ONCE = 4
 _TELLING = 4  # measured plans that say something about predictions
 
 
@@ -53,29 +54,38 @@ def calibrate(campaign: Campaign) -> None:
 
 
 def settle_edge(campaign: Campaign) -> None:
-    """Where even the cheapest plan is predicted to be over the budget, if only by what predictions err by, measure the
-    cheapest ones: a search about there would try plan after plan, each of which is predicted not to fit.
+    """Where the fastest plan is predicted to take about what the budget allows, measure the fastest ones: predictions
+    err there, and a search would try plan after plan of which none fits.
 
-    The cheapest that fits is where the search then starts. Raises InfeasibleError, with what was measured, where none
-    does.
+    The fastest that fits is where the search then starts. Raises InfeasibleError, with what was measured, where none
+    does, and what wasn't measured is predicted to be slower still.
     """
-    limits = campaign.aim.limits
-    if "latency" not in limits or not campaign.device.measures:
+    limit = campaign.budget.limits.get("latency")
+    if limit is None or not campaign.device.measures:
         return
-    if campaign.reach.floors(["latency"])["latency"] <= limits["latency"]:
+    if campaign.reach.floors(["latency"])["latency"] * ERROR <= limit:
         return
-    plans = campaign.reach.fastest(_CHEAPEST)
-    measure(campaign, [plan for plan in plans if plan.key not in campaign.measured])
-    fitting = [plan for plan in plans if campaign.budget.met(campaign.measured[plan.key])]
-    if fitting:
-        campaign.edge = min(fitting, key=lambda plan: campaign.measured[plan.key].latency_us)
-        return
-    lowest = min(campaign.measured[plan.key].latency_us for plan in plans)
+    known = campaign.measured
+    plans = campaign.reach.fastest(_FASTEST)
+    predicted = {plan.key: campaign.predict(plan).latency_us for plan in plans}
+    while True:
+        seen = [plan for plan in plans if plan.key in known]
+        fitting = [plan for plan in seen if campaign.budget.met(known[plan.key])]
+        if fitting:
+            campaign.edge = min(fitting, key=lambda plan: known[plan.key].latency_us)
+            return
+        # Others may come out as much faster than predicted as the one that did so most.
+        ratio = min((known[plan.key].latency_us / predicted[plan.key] for plan in seen), default=0.0)
+        waiting = [p for p in plans if p.key not in known and ratio * predicted[p.key] <= limit]
+        if not waiting:
+            break
+        measure(campaign, waiting[:_AT_ONCE])
+    lowest = min(known[plan.key].latency_us for plan in seen)
     # What is fast enough, but too large, says nothing of plans that are smaller.
-    if lowest > campaign.budget.limits["latency"] and not any(map(campaign.budget.met, campaign.measured.values())):
+    if lowest > limit and not any(map(campaign.budget.met, known.values())):
         raise InfeasibleError(
-            f"the {len(plans)} cheapest plans were measured, and need latency {format_metric('latency', lowest)} or "
-            f"more (asked {format_metric('latency', campaign.budget.limits['latency'])})",
+            f"the {len(seen)} cheapest plans were measured, and need latency {format_metric('latency', lowest)} or "
+            f"more (asked {format_metric('latency', limit)})",
             nearest={**campaign.floors(), "latency": lowest},
             binding=campaign.reach.binding(campaign.budget.limits),
         )

@@ -33,6 +33,8 @@ from automl_compress.techniques.distillation.outputs import answers, require_mat
 from automl_compress.techniques.distillation.teacher import worth_of_views
 from automl_compress.techniques.training.log import shown_by
 
+_VIEWS = "views.json"
+
 
 @contextmanager
 def open_device(profile: str, device: str, progress: Progress, *, threads: int | None = None) -> Iterator[Device]:
@@ -116,7 +118,7 @@ def _campaign_on(
     with RunFolder(folder, identity) as run_folder:
         opened(run_folder)
         loaded, space = _transferred(run_folder, loaded, space, progress, seed=int(options["seed"]))
-        if told := worth_of_views(loaded):
+        if told := told_of_views(run_folder, loaded):
             progress.note(told)
             space = replace(space, notes=(*space.notes, told))
         yield Campaign(
@@ -150,6 +152,17 @@ def _transferred(
         return done, space
     progress.note(in_words(known))
     return done, replace(space, notes=(*space.notes, in_words(known)))
+
+
+def told_of_views(folder: RunFolder, task: Task) -> str:
+    """`worth_of_views`, found out once for a run folder."""
+    if not task.views:
+        return ""
+    known = folder.read_json(_VIEWS)
+    if known is None:
+        known = {"note": worth_of_views(task)}
+        folder.write_json(_VIEWS, known)
+    return str(known["note"])
 
 
 def load(task: Task | str, weights: str | Path | None) -> Task:

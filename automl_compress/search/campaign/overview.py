@@ -205,7 +205,7 @@ def describe_space(
         if not device.profile.kernels and device.profile.header.roofline is None:
             how = "automl-compress profile TASK measures what the network needs"
             return replace(plain, unpriced=f"profile {device.profile.name} holds no measurements yet; {how}")
-        bench = Workbench(loaded, graph, importance="l2", seed=seed, executions=executions)
+        bench = Workbench(loaded, graph, seed=seed, executions=executions)
         try:
             return priced(plain, Forecast(bench, plain.space, device, seed=seed, measure=False), device, show)
         except ExportError as error:

@@ -149,8 +149,9 @@ class Workbench:
         return make
 
     def structure(self, plan: Plan) -> onnx.ModelProto:
-        """The plan's ONNX model with the right shapes and operators but without repair: enough to predict its cost."""
-        plan = select_channels(self.graph, plan, self.ranking)
+        """The plan's ONNX model with the right shapes and operators, but without repair and of any channels: enough to
+        predict its cost."""
+        plan = select_channels(self.graph, plan, None)
         model = self.template.fill(apply_plan(self.teacher, self.graph, plan), plan)
         # A model that was exported by itself may call its values differently; for the time, any range will do.
         anything = dict.fromkeys(activation_tensors(model, _low_bits(plan), self.executions), (-1.0, 1.0))

@@ -8,10 +8,10 @@ from automl_compress.core.plan import Plan
 from automl_compress.errors import TrainingError
 from automl_compress.search.campaign.account import failures
 from automl_compress.search.campaign.campaign import Campaign
-from automl_compress.search.campaign.measuring import calibrate, confirm
+from automl_compress.search.campaign.measuring import calibrate, confirm, settle_edge
 from automl_compress.search.ladder.entrants import in_order, variants
 from automl_compress.search.sampling.seeds import FEWEST_BLOCKS, UNIFORM
-from automl_compress.search.sampling.study import seed_plans
+from automl_compress.search.sampling.study import Stopped, seed_plans
 
 RELAXED = "relaxed"
 _CONFIRM = 8
@@ -31,15 +31,17 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
     after some rounds of that.
     """
     calibrate(campaign)
+    settle_edge(campaign)
     clock = campaign.clock
     until = None if exploring is None else clock.now() + exploring
     for number in range(_ROUNDS):
         wanted = trials + number * max(8, trials // 4)
         kept = min(2 * _RELAXED, trials // _TRIALS_PER_VARIANT)
-        _explore(campaign, wanted - kept, until)
+        stopped = _explore(campaign, wanted - kept, until)
         if not sum(campaign.trial_counts().values()):
             clock.refuse("it was over before the first trial", clock.typical("trial") or 1.0)
-        confirm(campaign, _unmeasured(campaign))
+        unmeasured = _unmeasured(campaign)
+        confirm(campaign, unmeasured)
         if kept:
             _relax(campaign, _ordered(campaign, places)[:_RELAXED], kept)
             _explore(campaign, wanted, until)
@@ -47,6 +49,8 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
         passed = _ordered(campaign, places)
         if passed:
             return passed
+        if stopped == "exhausted" and not unmeasured:
+            break  # nothing was learned by which more trials would find more
     counts = campaign.trial_counts()
     if counts["failed"] and not counts["complete"]:
         raise TrainingError(f"no trial came to an end: {'; '.join(failures(campaign))}")
@@ -59,8 +63,8 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
     )
 
 
-def _explore(campaign: Campaign, trials: int, until: float | None) -> None:
-    campaign.explore(trials, None if until is None else max(0.0, until - campaign.clock.now()))
+def _explore(campaign: Campaign, trials: int, until: float | None) -> Stopped:
+    return campaign.explore(trials, None if until is None else max(0.0, until - campaign.clock.now()))
 
 
 def _unmeasured(campaign: Campaign) -> list[Plan]:

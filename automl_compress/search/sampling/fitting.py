@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import numpy as np
 
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
 from automl_compress.search.sampling.trials import BASE
-from automl_compress.search.solvers.program import Decoder, Unsolved
+from automl_compress.search.solvers.listing import cheapest_first
+from automl_compress.search.solvers.program import Decoder
 from automl_compress.search.solvers.quick import QuickDecoder
 from automl_compress.search.space.space import SearchSpace
+from automl_compress.search.table.arrays import TableArrays
 from automl_compress.search.table.losses import sparsity_everywhere
-from automl_compress.search.table.table import QualityKey, Solution
+from automl_compress.search.table.states import Floats, States
+from automl_compress.search.table.table import ADDITIVE, QualityKey, Solution
 
 Predict = Callable[[Plan], Cost]
 _ROUNDS = 8
 _ROOM = 0.01
 _LAST = 20
-_LOOSE = 1.3
 
 
 class Fitting:
@@ -26,7 +31,6 @@ class Fitting:
     def __init__(self, space: SearchSpace, decoder: Decoder, budget: Budget, predict: Predict) -> None:
         self._space, self._graph, self._table = space, decoder.graph, decoder.table
         self._budget, self._predict = budget, predict
-        self._exact = {decoder.width: decoder}
         self._widths = [float(w) for w in space.options("width")] or [1.0]
         needed = self._widths[:1] if sparsity_everywhere(space) else self._widths
         # One for each student width that is needed: the full one where sparsity covers the range.
@@ -92,39 +96,53 @@ class Fitting:
     def best_of_the_rest(self, tried: Mapping[str, Plan]) -> Plan | None:
         """A plan within the budget that wasn't tried, the best first by the table; where none is found, the nearest.
 
-        For when candidates are used up: it asks the exact solver. `tried` are plans by their key.
+        For when candidates are used up or too dear: of all plans of a small space, else of the cheapest, it asks for
+        those that should fit, as the table is off as far as for the dearest that was asked for. `tried` are plans by
+        their key.
         """
-        excluded = list(tried.values())
+        left, losses, costs = self._listed
+        waiting = np.ones(len(left), dtype=bool)
+        ratios = np.ones(costs.shape[1])
         nearest: tuple[float, Plan] | None = None
-        for width in self._widths:
-            decoder = self._exact.setdefault(width, Decoder(self._space, self._graph, self._table, width=width))
-            for plan in self._in_order(decoder, excluded):
-                worst = max(self._budget.constraints(self._predict(plan)).values())
-                if worst <= 0 and self._space.plan_key(plan) not in tried:
-                    return plan
-                if nearest is None or worst < nearest[0]:
-                    nearest = (worst, plan)
+        asked = 0
+        while asked < _LAST and waiting.any():
+            shares = (costs * ratios).max(axis=1)
+            fits = waiting & (shares <= 1.0)
+            order = np.where(fits, losses, np.inf) if fits.any() else np.where(waiting, shares, np.inf)
+            best = int(order.argmin())
+            waiting[best] = False
+            arrays, states, row = left[best]
+            plan = arrays.plan(states, row)
+            if self._space.plan_key(plan) in tried:
+                continue
+            asked += 1
+            excess = self._budget.constraints(self._predict(plan))
+            worst = max(excess.values())
+            if worst <= 0:
+                return plan
+            if nearest is None or worst < nearest[0]:
+                nearest = (worst, plan)
+            found = [(1.0 + over) / costs[best, m] for m, over in enumerate(excess.values())]
+            ratios = np.maximum(ratios, found)
         return nearest[1] if nearest else None
 
-    def _in_order(self, decoder: Decoder, excluded: list[Plan]) -> Iterator[Plan]:
-        """Plans by the table's loss, exactly: first for limits that are moved by what was predicted, then, as long as
-        there are some, for limits that leave out nothing that could fit."""
-        limits = {BASE[m]: limit for m, limit in self._budget.limits.items()}
-        loose = {metric: limit * _LOOSE for metric, limit in limits.items()}
-        for attempt in range(_LAST):
-            try:
-                found = decoder.solve(self._table.quality, limits, exclude=excluded, gap=1e-3)
-            except Unsolved:
-                return
-            if found is None and limits is loose:
-                return
-            if found is None:
-                limits = loose
-                continue
-            excluded.append(found.plan)
-            yield found.plan
-            moved = _moved(limits, found, self._budget.constraints(self._predict(found.plan)))
-            limits = loose if limits is loose or attempt >= _ROUNDS else moved
+    @cached_property
+    def _listed(self) -> tuple[list[tuple[TableArrays, States, int]], Floats, Floats]:
+        """(arrays, rows and number of each plan; its loss; its costs by the table over each limit), from cheap to
+        dear at each student width."""
+        limits = list(self._budget.limits.items())
+        places, losses, costs = list[tuple[TableArrays, States, int]](), list[Floats](), list[Floats]()
+        for width in self._widths:
+            known = next((d for d in self.decoders if d.arrays.width == width), None)
+            decoder = known or QuickDecoder(self._space, self._graph, self._table, width=width)
+            arrays = decoder.arrays
+            states, _ = cheapest_first(decoder, decoder.limits({BASE[metric]: limit for metric, limit in limits}))
+            values = np.tile(decoder.values(self._table.quality), (len(states), 1))
+            loss, cost = arrays.total(states, arrays.losses_of(values))
+            places += [(arrays, states, row) for row in range(len(states))]
+            losses.append(loss)
+            costs.append(np.stack([cost[:, ADDITIVE.index(BASE[metric])] / limit for metric, limit in limits], axis=1))
+        return places, np.concatenate(losses), np.maximum(np.concatenate(costs), 1e-12)
 
 
 def _moved(limits: Mapping[str, float], found: Solution, excess: Mapping[str, float]) -> dict[str, float]:

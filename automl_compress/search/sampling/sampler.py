@@ -64,6 +64,11 @@ def make_sampler(
     return ProjectedSampler(sampler, space, Fitting(space, decoder, budget, predict))
 
 
+def proposes_what_fits(name: str) -> bool:
+    """Whether a sampler proposes a plan that is predicted to be over the budget only where it finds none within."""
+    return name == "budget" or name.endswith(_PROJECTED)
+
+
 class AnewSampler(BaseSampler):
     """Another sampler, made anew for every trial with a seed of that trial's. All that Optuna's samplers know of
     earlier trials is in the study."""

@@ -97,17 +97,19 @@ def run_trials(
     callbacks: Iterable[Callback] = (),
     failure_share: float = 0.5,
     repeats: int = 20,
+    refusals: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
     is_dead: Callable[[str], bool] = worker_is_dead,
 ) -> Stopped:
     """Run trials until the study has `n_trials` finished ones over all runs and workers, or the time is over.
 
     Counted are completed, infeasible and failed trials; interrupted ones are run again. Returns why it stopped:
-    'exhausted' after as many `repeats`, plans that were evaluated before, in a row. A trial that fails is recorded with
-    its reason; CompressError when, of at least ten trials, more than `failure_share` failed. Interrupted on Ctrl-C,
-    with the trial in flight back in the queue. `timeout` is in seconds; the trial in flight is finished.
+    'exhausted' after as many `repeats`, plans that were evaluated before, in a row, or `refusals`, proposed plans that
+    are over the budget. A trial that fails is recorded with its reason; CompressError when, of at least ten trials,
+    more than `failure_share` failed. Interrupted on Ctrl-C, with the trial in flight back in the queue. `timeout` is in
+    seconds; the trial in flight is finished.
     """
-    begun, repeated = clock(), 0
+    begun, repeated, too_dear = clock(), 0, 0
     callbacks = tuple(callbacks)
     while True:
         requeue_dead(study, is_dead=is_dead)
@@ -115,10 +117,11 @@ def run_trials(
             return "trials"
         if timeout is not None and clock() - begun >= timeout:
             return "time"
-        if repeated >= repeats:
+        if repeated >= repeats or too_dear >= refusals:
             return "exhausted"
         trial = _one_trial(study, objective)
         repeated = repeated + 1 if "repeat_of" in trial.user_attrs else 0
+        too_dear = too_dear + 1 if refused(trial) and "label" not in trial.user_attrs else 0
         _check_failures(study, failure_share)
         for callback in callbacks:
             callback(study, trial)

@@ -8,18 +8,19 @@ where that takes too much.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 import numpy as np
 
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
-from automl_compress.errors import CompressError
+from automl_compress.search.solvers.listing import cheapest_first
 from automl_compress.search.solvers.program import Decoder, Unsolved
 from automl_compress.search.solvers.quick import QuickDecoder
 from automl_compress.search.space.space import SearchSpace
 from automl_compress.search.table.losses import additive_loss, options_in_force, sparsity_everywhere
-from automl_compress.search.table.table import ADDITIVE, AdditiveTable, LayerCost, Solution
+from automl_compress.search.table.table import AdditiveTable, LayerCost, Solution
+
+_EQUAL = 1e-9
 
 __all__ = [
     "AdditiveTable",
@@ -29,7 +30,6 @@ __all__ = [
     "Solution",
     "additive_loss",
     "cheapest",
-    "next_cheapest",
     "options_in_force",
     "solve",
     "solve_quickly",
@@ -83,27 +83,18 @@ def excludes(space: SearchSpace, graph: Graph, table: AdditiveTable, limits: Map
 
 
 def cheapest(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str) -> Plan:
-    """The plan, at any student width, that the table gives the lowest 'latency' or 'size' ('memory': as for size)."""
+    """The plan, at any student width, that is found to have the lowest 'latency' or 'size' by the table ('memory': as
+    for size), the one with the lower loss among equals."""
     metric = "size" if metric == "memory" else metric
-    found: list[Solution] = []
+    found: list[tuple[float, float, Plan]] = []
     for width in student_widths(space):
-        try:
-            found.append(Decoder(space, graph, table, width=width).cheapest(table.quality, metric))
-        except Unsolved:
-            found.append(_cheapest_quickly(space, graph, table, metric, width))
-    return min(found, key=lambda s: (s.cost.of(metric), s.loss)).plan
-
-
-def next_cheapest(
-    space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str, first: Plan, count: int
-) -> list[Plan]:
-    """Up to so many plans of `first`'s student in the order of what the table gives them, from the cheapest, which is
-    `first`, on; fewer where they can't be listed exactly."""
-    found, decoder = [first], Decoder(space, graph, table, width=first.width)
-    with suppress(CompressError):  # there are no others, or they are too many for the exact solver
-        while len(found) < count:
-            found.append(decoder.cheapest(table.quality, metric, found).plan)
-    return found
+        decoder = QuickDecoder(space, graph, table, width=width)
+        states, costs = cheapest_first(decoder, decoder.limits({metric: 1.0}))
+        equal = states.take(np.flatnonzero(costs <= costs[0] * (1 + _EQUAL)))
+        loss, _ = decoder.arrays.total(equal, decoder.arrays.losses([table.quality] * len(equal)))
+        best = int(loss.argmin())
+        found.append((float(costs[0]), float(loss[best]), decoder.arrays.plan(equal, best)))
+    return min(found, key=lambda entry: entry[:2])[2]
 
 
 def student_widths(space: SearchSpace) -> list[float]:
@@ -121,11 +112,3 @@ def _solve_at(
             raise
         exact = None
     return [s for s in (exact, quick) if s is not None]
-
-
-def _cheapest_quickly(space: SearchSpace, graph: Graph, table: AdditiveTable, metric: str, width: float) -> Solution:
-    quick = QuickDecoder(space, graph, table, width=width)
-    states = quick.descent.cheapest(ADDITIVE.index(metric))
-    plan = quick.arrays.plan(states)
-    loss, _ = quick.arrays.total(states, quick.arrays.losses([table.quality]))
-    return Solution(plan=plan, loss=float(np.sum(loss)), cost=table.plan_cost(graph, plan), gap=float("inf"))

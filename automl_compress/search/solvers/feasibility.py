@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from automl_compress.core.budget import Budget, Cost, format_metric
 from automl_compress.core.graph import Graph
 from automl_compress.core.plan import Plan
 from automl_compress.errors import InfeasibleError
-from automl_compress.search.solvers.decode import cheapest, excludes, next_cheapest, solve, solve_quickly
+from automl_compress.search.solvers.decode import cheapest, excludes, solve, solve_quickly, student_widths
+from automl_compress.search.solvers.listing import cheapest_first
 from automl_compress.search.solvers.program import Unsolved
+from automl_compress.search.solvers.quick import QuickDecoder
 from automl_compress.search.space.space import SearchSpace
-from automl_compress.search.table.table import AdditiveTable
+from automl_compress.search.table.table import ADDITIVE, AdditiveTable
 
 _REACH = 1.03  # an estimate this far above a limit is not yet proof that the limit can't be met
+ERROR = 1.5  # by so much may predictions be off for the fastest plans; within it, measuring has the last word
 _BINDING = 3
 
 
@@ -42,11 +47,18 @@ class Reach:
         return found
 
     def fastest(self, count: int) -> list[Plan]:
-        """So many of the plans with the lowest latency, and what is narrower still, each plan once."""
-        first = self._cheapest("latency")
-        found = next_cheapest(self.space, self.graph, self.table, "latency", first, count)
-        plans = [plan for one in found for plan in (one, *self._narrowest(one))]
-        return list({self.space.plan_key(plan): plan for plan in plans}.values())
+        """So many of the plans with the lowest latency by the table, at any student width, each once, from what is
+        predicted to be fastest on."""
+        limits = np.array([1.0 if metric == "latency" else np.inf for metric in ADDITIVE])
+        entries: list[tuple[float, Plan]] = []
+        for width in student_widths(self.space):
+            decoder = QuickDecoder(self.space, self.graph, self.table, width=width)
+            states, latencies = cheapest_first(decoder, limits)
+            entries += [(latencies[row], decoder.arrays.plan(states, row)) for row in range(min(count, len(states)))]
+        entries.sort(key=lambda entry: entry[0])
+        cheap = [self._cheapest("latency"), *(plan for _, plan in entries)]
+        plans = {self.space.plan_key(plan): plan for plan in cheap}
+        return sorted(list(plans.values())[:count], key=lambda plan: self.predict(plan).latency_us)
 
     def binding(self, metrics: Iterable[str]) -> tuple[str, ...]:
         """The layers that take most of the cheapest plan's latency (or size, where latency isn't limited)."""
@@ -95,16 +107,20 @@ def additive_limits(aim: Budget, original: Cost) -> dict[str, float]:
     return limits
 
 
-def require_feasible(reach: Reach, aim: Budget, budget: Budget, original: Cost, measured: Iterable[Cost] = ()) -> None:
+def require_feasible(
+    reach: Reach, aim: Budget, budget: Budget, original: Cost, measured: Iterable[Cost] = (), *, settled: bool = False
+) -> None:
     """Raise InfeasibleError where even the cheapest plan is over a budget, or no plan meets all of them together.
 
-    A prediction proves nothing where a `measured` plan is within the budget.
+    A prediction proves nothing where a `measured` plan is within the budget. `settled`: what the fastest plans take is
+    measured afterwards where predictions leave that open.
     """
     if any(budget.met(cost) for cost in measured):
         return
     floors = reach.floors(budget.limits)
-    over = {metric: floor for metric, floor in floors.items() if floor > budget.limits[metric] * _REACH}
-    loosened = {metric: limit * _REACH for metric, limit in additive_limits(aim, original).items()}
+    slack = dict.fromkeys(floors, _REACH) | ({"latency": ERROR} if settled else {})
+    over = {metric: floor for metric, floor in floors.items() if floor > budget.limits[metric] * slack[metric]}
+    loosened = {metric: limit * slack.get(metric, _REACH) for metric, limit in additive_limits(aim, original).items()}
     if not over and not reach.excludes(loosened):
         return
     nearest = {metric: max(f, budget.limits[metric]) if metric not in over else f for metric, f in floors.items()}

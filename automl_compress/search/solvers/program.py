@@ -15,7 +15,7 @@ and HALP (Shen et al., 2022).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -91,24 +91,23 @@ class Decoder:
         quality: Mapping[QualityKey, float],
         limits: Mapping[str, float],
         *,
-        exclude: Iterable[Plan] = (),
         gap: float = 1e-5,
         exhaustive: bool = False,
     ) -> Solution | None:
         """The plan with the least summed `quality`, the cheaper one among equals, within `limits`; None: infeasible.
 
-        `exclude` are plans that must not be the answer. `gap` is the relative distance from the optimum at which to
-        stop; `exhaustive`: not before, however large the program is. Else raises Unsolved where that takes too much.
+        `gap` is the relative distance from the optimum at which to stop; `exhaustive`: not before, however large the
+        program is. Else raises Unsolved where that takes too much.
         """
         loss = self._losses(quality)
         scale = max(float(np.abs(loss).sum()), 1e-12)
         tie_break = sum(v / self._full[m] for m, v in self._cost.items())
-        return self._minimise(1e3 * loss / scale + 1e-2 * tie_break, quality, limits, exclude, gap, exhaustive)
+        return self._minimise(1e3 * loss / scale + 1e-2 * tie_break, quality, limits, gap, exhaustive)
 
     def excludes(self, limits: Mapping[str, float]) -> bool:
         """Whether no plan meets the limits, since none does even where choices may be taken in part: a proof in
         seconds, however large the program is. False says nothing."""
-        constraints = self._constraints(limits, ())
+        constraints = self._constraints(limits)
         if constraints is None:
             return True
         nothing = np.zeros(self._rows.count)
@@ -116,29 +115,18 @@ class Decoder:
         result = milp(nothing, constraints=constraints, bounds=Bounds(0.0, 1.0), options=options)
         return bool(result.status == _INFEASIBLE)
 
-    def cheapest(self, quality: Mapping[QualityKey, float], metric: str, exclude: Iterable[Plan] = ()) -> Solution:
-        """The plan with the lowest 'latency' or 'size', the one with the lower loss among equals; none of `exclude`."""
-        loss = self._losses(quality)
-        objective = 1e3 * self._cost[metric] / self._full[metric] + 1e-2 * loss / max(float(np.abs(loss).sum()), 1e-12)
-        found = self._minimise(objective, quality, {}, exclude, 1e-6, exhaustive=False)
-        if found is None:
-            raise CompressError(f"space {self.space.name}: its fixed choices contradict each other, there is no plan")
-        return found
-
     def _minimise(
         self,
         objective: Vector,
         quality: Mapping[QualityKey, float],
         limits: Mapping[str, float],
-        exclude: Iterable[Plan],
         gap: float,
         exhaustive: bool,
     ) -> Solution | None:
         wanted = {m: limits[m] for m in ADDITIVE if m in limits}
         aims = dict(wanted)
-        cuts = [self._cut(plan) for plan in exclude]
         for _ in range(_ROUNDS):
-            result = self._run(objective, aims, [c for c in cuts if c is not None], gap, exhaustive)
+            result = self._run(objective, aims, gap, exhaustive)
             if result is None:
                 return None
             plan = self._plan(result.x)
@@ -151,12 +139,10 @@ class Decoder:
             aims.update({m: aims[m] / ratio * (1 - 1e-6) for m, ratio in over.items()})
         return None
 
-    def _run(
-        self, objective: Vector, limits: Mapping[str, float], cuts: Sequence[list[int]], gap: float, exhaustive: bool
-    ) -> Any | None:
+    def _run(self, objective: Vector, limits: Mapping[str, float], gap: float, exhaustive: bool) -> Any | None:
         if self._rows.count > _COLUMNS and not exhaustive:
             raise Unsolved(f"{len(self.space.decisions)} decisions are too many to be solved exactly")
-        constraints = self._constraints(limits, cuts)
+        constraints = self._constraints(limits)
         if constraints is None:
             return None
         result = milp(
@@ -173,19 +159,15 @@ class Decoder:
             )
         return None if result.x is None else result
 
-    def _constraints(self, limits: Mapping[str, float], cuts: Sequence[list[int]]) -> list[LinearConstraint] | None:
+    def _constraints(self, limits: Mapping[str, float]) -> list[LinearConstraint] | None:
         """None where what is fixed exceeds a limit."""
         room = {m: limits[m] - self.table.fixed.of(m) for m in ADDITIVE if m in limits}
         if any(value < 0 for value in room.values()):
             return None
         constraints = [LinearConstraint(*self._matrix)]
-        extra = [self._cost[m] / max(room[m], 1e-12) for m in room]
-        bounds = [1.0] * len(extra)
-        for cut in cuts:
-            extra.append(self._rows.vector(dict.fromkeys(cut, 1.0)))
-            bounds.append(len(cut) - 1.0)
-        if extra:
-            constraints.append(LinearConstraint(csr_matrix(np.array(extra)), -np.inf, np.array(bounds)))
+        if room:
+            shares = np.array([self._cost[m] / max(room[m], 1e-12) for m in room])
+            constraints.append(LinearConstraint(csr_matrix(shares), -np.inf, 1.0))
         return constraints
 
     def _add_group(self, group: ChannelGroup) -> None:
@@ -313,15 +295,6 @@ class Decoder:
             if x[column] > 0.5 and name in params:
                 params[name] = self._options[target][value] if kind == "kept" else (kind == "drop" or value)
         return self.space.plan(params)
-
-    def _cut(self, plan: Plan) -> list[int] | None:
-        """The columns that are 1 in that plan alone; None if this program can't produce it anyway."""
-        drop, kept, bits, masks = self.space.identity(plan)
-        if any(f"mask.{layer}" in self.space.decision for layer, _ in masks):
-            return None  # masks save nothing that this program counts, so it only takes those that are fixed
-        wanted: list[Column] = [("drop", b, 1) for b in drop]
-        wanted += [("kept", g, k) for g, k in kept] + [("bits", layer, b) for layer, b in bits]
-        return [self._columns[c] for c in wanted] if all(c in self._columns for c in wanted) else None
 
 
 def widest(space: SearchSpace) -> float:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from automl_compress.core.budget import Cost, Provenance
 from automl_compress.core.graph import Graph, Layer
 from automl_compress.core.plan import FULL_BITS, Plan
 from automl_compress.search.space.offers import LeftOut, Option
 from automl_compress.search.space.space import SearchSpace
 from automl_compress.search.table.pricing import uniform_bits
-from automl_compress.search.table.table import AdditiveTable, LayerCost, Shape, least_certain
+from automl_compress.search.table.table import ADDITIVE, AdditiveTable, Shape, least_certain
 
 # Averages over variants differ by a few percent; a smaller difference proves nothing.
 _CLEARLY = 1.05
@@ -201,31 +204,24 @@ def is_about_bits(note: str, layer: str) -> bool:
 
 def _touching_costs(
     space: SearchSpace, graph: Graph, table: AdditiveTable, group: str, kept: int
-) -> list[list[LayerCost]]:
-    """For each layer on the group: its cost when the group keeps `kept`, over all neighbours' widths and bits."""
+) -> list[NDArray[np.float64]]:
+    """For each layer on the group: its costs when the group keeps `kept`, a row for each of all neighbours' widths and
+    bits, a column for each of `ADDITIVE`."""
     result = []
     for layer in graph.layers:
         if group not in (*layer.in_groups, *layer.out_groups):
             continue
-        shapes = [
-            (*_shape(graph, layer, case), bits)
-            for case in _cases(space, graph, layer, {group: kept})
-            for bits in _bits_of(space, layer.name)
-        ]
-        # Few of them differ, and one that the table lacks takes a look at all that it has.
-        known = {shape: table.cost(layer.name, shape) for shape in set(shapes)}
-        costs = [known[shape] for shape in shapes]
+        widths = np.array([_shape(graph, layer, case) for case in _cases(space, graph, layer, {group: kept})])
+        costs = [table.costs(layer.name, widths, bits) for bits in _bits_of(space, layer.name)]
         # A layer that can be removed while others on the group stay must not be what pays for the wider option.
-        result.append([*costs, LayerCost()] if layer.blocks else costs)
+        result.append(np.concatenate([*costs, np.zeros((1, len(ADDITIVE)))] if layer.blocks else costs))
     return result
 
 
-def _nowhere_dearer(wide: list[list[LayerCost]], narrow: list[list[LayerCost]], metrics: Sequence[str]) -> bool:
+def _nowhere_dearer(wide: list[NDArray[np.float64]], narrow: list[NDArray[np.float64]], metrics: Sequence[str]) -> bool:
     """Whether the worst case over everything else is not above zero, metric by metric."""
-    return all(
-        sum(max(a.of(m) - b.of(m) for a, b in zip(w, n, strict=True)) for w, n in zip(wide, narrow, strict=True)) <= 0
-        for m in metrics
-    )
+    worst = sum(((w - n).max(axis=0) for w, n in zip(wide, narrow, strict=True)), np.zeros(len(ADDITIVE)))
+    return all(worst[ADDITIVE.index(metric)] <= 0 for metric in metrics)
 
 
 def _cases(space: SearchSpace, graph: Graph, layer: Layer, fixed: dict[str, int]) -> list[dict[str, int]]:

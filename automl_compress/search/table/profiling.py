@@ -61,13 +61,12 @@ def forecast_of(
 ) -> Forecast:
     """A forecast of a traced task's plans that has learned nothing yet.
 
-    Bit-widths that are only stored, and run in 32 bits, are left to searches that limit the size. Channels are chosen
-    by their weights alone: for the cost it doesn't matter which ones stay.
+    Bit-widths that are only stored, and run in 32 bits, are left to searches that limit the size.
     """
     executions = device.profile.executions
     offered, held_back = offered_bits(executions, size_limited=False)
     resolved = resolve(space, graph, offered, held_back)
-    bench = Workbench(task, graph, importance="l2", seed=seed, executions=executions)
+    bench = Workbench(task, graph, seed=seed, executions=executions)
     return Forecast(bench, resolved, device, seed=seed, measure=measure)
 
 

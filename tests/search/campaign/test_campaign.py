@@ -8,17 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from automl_compress.core.budget import Budget, Cost
 from automl_compress.core.plan import Plan
+from automl_compress.deploy.run_folder import RunFolder
 from automl_compress.errors import InfeasibleError, InputError
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.learning import learn
 from automl_compress.search.campaign.measured import MeasuredCosts
+from automl_compress.search.campaign.opening import told_of_views
 from automl_compress.search.campaign.timing import Clock
 from automl_compress.search.sampling.study import trial_counts
 from automl_compress.search.solvers.feasibility import require_feasible
 from tests.search.campaigns import campaign
+from tests.tiny import ready
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,23 @@ def test_what_was_measured_within_a_budget_is_not_refused_by_a_prediction(tmp_pa
     require_feasible(learned.reach, budget, budget, learned.original, [fast])
 
 
+def test_what_views_are_worth_is_found_out_once_for_a_run_folder(tmp_path: Path) -> None:
+    shown: list[int] = []
+
+    def same(images: Tensor) -> Tensor:
+        shown.append(len(images))
+        return images
+
+    task = replace(ready(), views=(same,))
+    with RunFolder(tmp_path / "run", {"run": "same"}) as folder:
+        first, count = told_of_views(folder, task), len(shown)
+        assert first
+        assert count
+        assert told_of_views(folder, task) == first
+        assert len(shown) == count
+        assert told_of_views(folder, ready()) == ""
+
+
 def test_measured_costs_outlive_the_process_and_a_line_that_was_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "measured.jsonl"
     costs = MeasuredCosts()
@@ -162,7 +183,7 @@ def test_a_resumed_campaign_finds_its_original_its_space_and_its_trials(tmp_path
         keys = [t.user_attrs["plan"] for t in second.study().get_trials() if t.state.name == "COMPLETE"]
         repeats = [t for t in second.study().get_trials() if "repeat_of" in t.user_attrs]
         assert len(keys) - len(repeats) == len(set(keys))
-        assert all(second.aim.met(second.predict(plan)) for plan in second.ranked(9))
+        assert all(second.aim.met(second.predict(plan)) for plan, _ in second.ranked_figures(9))
 
 
 def test_where_the_table_has_no_plan_within_the_budget_no_seed_is_called_its_optimum(learned: Campaign) -> None:
@@ -238,7 +259,7 @@ def test_a_plan_that_was_measured_within_the_budget_is_tried_whatever_is_predict
         opened.explore(sum(known.values()) + 3)
         states = [t.state.name for t in opened.study().get_trials() if t.user_attrs.get("label") == "uniform-int8"]
         assert states == ["PRUNED", "COMPLETE"]
-        assert uniform.key in {found.key for found in opened.ranked(9)}
+        assert uniform.key in {found.key for found, _ in opened.ranked_figures(9)}
 
 
 def test_what_was_evaluated_under_a_looser_budget_counts_once_it_fits(tmp_path: Path, home: Path) -> None:
@@ -248,10 +269,10 @@ def test_what_was_evaluated_under_a_looser_budget_counts_once_it_fits(tmp_path: 
         tight = opened.leg("latency", 0.5)
         margin = opened.costs.margins["latency"]
         opened.calibrate(10 * margin)
-        assert tight.ranked(9) == []
+        assert tight.ranked_figures(9) == []
         opened.calibrate(margin)
-        assert tight.ranked(9)
-        assert all(tight.fits(plan) for plan in tight.ranked(9))
+        assert tight.ranked_figures(9)
+        assert all(tight.fits(plan) for plan, _ in tight.ranked_figures(9))
 
 
 def test_a_resumed_run_has_only_the_trials_ahead_that_it_has_not_made(tmp_path: Path, home: Path) -> None:

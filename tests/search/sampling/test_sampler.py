@@ -150,8 +150,15 @@ def test_a_space_that_is_used_up_ends_the_search() -> None:
 
 def test_where_nothing_fits_the_nearest_plan_is_proposed_and_not_evaluated() -> None:
     bench = Bench(share=0.001)
-    study = bench.run(3, bench.sampler())
+    asked: set[str] = set()
+
+    def predict(plan: Plan) -> Cost:
+        asked.add(bench.space.plan_key(plan))
+        return bench.predict(plan)
+
+    study = bench.run(3, bench.sampler(predict=predict))
     assert all(t.state == optuna.trial.TrialState.PRUNED for t in study.trials)
+    assert len(asked) < 3 * 40, "each prediction may take the runtime a while"
     assert best_feasible(study) is None
 
 

@@ -238,6 +238,15 @@ def test_what_counts_as_a_plan_s_cost_is_not_recorded_as_its_prediction(tmp_path
     assert study.trials[0].user_attrs["predicted"]["latency"] == predict(Plan()).latency_us
 
 
+def test_trials_end_where_nothing_that_is_proposed_fits_any_more(tmp_path: Path) -> None:
+    """Whatever was asked for by name doesn't count, nor what came before a plan that fits."""
+    study, tight = opened(tmp_path), replace(objective(), budget=Budget(limits={"latency": 1e-3}))
+    seed_plans(study, SPACE, {"whole": SPACE.plan({}), "small": SPACE.plan({"drop.b1": True})})
+    assert run_trials(study, tight, 30, refusals=3) == "exhausted"
+    assert trial_counts(study)["infeasible"] == 5
+    assert run_trials(study, objective(), 12, refusals=3) == "trials"
+
+
 def test_time_ends_a_run_between_trials(tmp_path: Path) -> None:
     ticks = iter(range(0, 1000, 10))
     study = opened(tmp_path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from automl_compress.core.graph import Graph
@@ -9,11 +10,13 @@ from automl_compress.core.plan import Plan
 from automl_compress.search.solvers.decode import (
     AdditiveTable,
     Decoder,
+    QuickDecoder,
     additive_loss,
     cheapest,
     options_in_force,
     solve,
 )
+from automl_compress.search.solvers.listing import cheapest_first
 from automl_compress.search.space.rules import SpaceFile
 from automl_compress.search.space.space import SearchSpace, resolve
 from tests.search.networks import NATIVE, concatenated, depthwise, every_plan, residual, space_of, table_for
@@ -132,21 +135,38 @@ def test_the_cheapest_plan_is_the_cheapest_of_all() -> None:
         assert found == pytest.approx(lowest, rel=1e-5)
 
 
-def test_excluded_plans_are_never_the_answer() -> None:
+def test_all_plans_of_a_small_space_are_listed_from_cheap_to_dear() -> None:
     graph = residual(blocks=1, size=6)
     space = space_of(graph, sparsity=[0.5])
     table = table_for(space, graph)
-    limits = {"latency": table.plan_cost(graph, Plan()).latency_us * 0.6}
-    decoder = Decoder(space, graph, table)
-    found: list[Plan] = []
-    losses: list[float] = []
-    while (answer := decoder.solve(table.quality, limits, exclude=found, gap=0.0)) is not None:
-        found.append(answer.plan)
-        losses.append(answer.loss)
-    fitting = {space.identity(p) for p in every_plan(space) if within(table, graph, p, limits)}
-    assert {space.identity(plan) for plan in found} == fitting
-    assert len(found) == len(fitting)
-    assert losses == sorted(losses) or losses == pytest.approx(sorted(losses), rel=1e-3)
+    decoder = QuickDecoder(space, graph, table)
+    limits = {"latency": 0.6 * table.plan_cost(graph, Plan()).latency_us, "size": 100.0}
+    states, shares = cheapest_first(decoder, decoder.limits(limits))
+    plans = [decoder.arrays.plan(states, row) for row in range(len(states))]
+    assert {space.identity(plan) for plan in plans} == {space.identity(plan) for plan in every_plan(space)}
+    assert len({space.identity(plan) for plan in plans}) == len(plans)
+    costs = [table.plan_cost(graph, plan) for plan in plans]
+    assert shares.tolist() == pytest.approx([max(c.of(m) / limit for m, limit in limits.items()) for c in costs])
+    assert shares.tolist() == sorted(shares)
+
+
+def test_of_a_large_space_the_cheap_end_is_listed() -> None:
+    """As far as it goes, nothing is passed over: every plan but a listed one is dearer than the first of these."""
+    graph = residual(blocks=3)
+    space = space_of(graph)
+    table = table_for(space, graph, 3)
+    decoder = QuickDecoder(space, graph, table)
+    states, shares = cheapest_first(decoder, decoder.limits({"latency": 1.0}))
+    assert Decoder(space, graph, table).solve(table.quality, {"latency": 0.999 * shares[0]}) is None
+    listed, rng = set(decoder.arrays.digests(states)), np.random.default_rng(0)
+    few = states.take(rng.integers(24, size=200))
+    changes = rng.integers(decoder.neighbours.count, size=(200, 2))
+    possible = np.isfinite(decoder.neighbours.changes(few, decoder.arrays.losses([{}] * 200)).loss)
+    changes = np.where(np.take_along_axis(possible, changes, axis=1), changes, -1)
+    others = decoder.neighbours.apply(few, changes)
+    costs = decoder.arrays.costs(others)[:, 0]
+    for digest, cost in zip(decoder.arrays.digests(others), costs, strict=True):
+        assert digest in listed or cost >= shares[24]
 
 
 def test_a_block_that_always_goes_is_removed() -> None:
