@@ -156,8 +156,9 @@ def _row(trial: optuna.trial.FrozenTrial, state: str, label: str) -> dict[str, A
 
 
 def ladder_rows(campaign: Campaign) -> tuple[Mapping[str, Any], ...]:
-    """One row a plan that entered the ladder: its metric at every rung that it reached, and how it ended."""
-    rows = []
+    """One row a plan that entered the ladder: its metric at every rung that it reached, and how it ended at last; a run
+    that is taken up again enters it once more."""
+    rows: dict[tuple[str, str], Mapping[str, Any]] = {}
     for label, study in campaign.recovery_studies().items():
         for trial in study.get_trials(deepcopy=False):
             row = {
@@ -167,8 +168,8 @@ def ladder_rows(campaign: Campaign) -> tuple[Mapping[str, Any], ...]:
                 "state": trial.state.name.lower(),
             }
             reason = trial.user_attrs.get("reason")
-            rows.append({**row, "reason": reason} if reason else row)
-    return tuple(rows)
+            rows[label, row["plan"]] = {**row, "reason": reason} if reason else row
+    return tuple(rows.values())
 
 
 def failures(campaign: Campaign) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
@@ -11,6 +13,7 @@ from optuna.trial import TrialState
 
 from automl_compress.core.plan import Plan
 from automl_compress.errors import Interrupted, RunFolderError, TaskError, TrainingError
+from automl_compress.search.campaign.account import ladder_rows
 from automl_compress.search.campaign.timing import rungs
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.ladder.halving import best_alike, halve
@@ -87,6 +90,16 @@ def test_a_training_that_fails_is_recorded_and_the_next_takes_its_place(study: o
     failed = [trial for trial in study.get_trials() if trial.state == TrialState.FAIL]
     assert len(failed) == 2
     assert all("reason" in trial.user_attrs for trial in failed)
+
+
+def test_a_plan_that_enters_again_has_one_row_in_the_account(study: optuna.Study) -> None:
+    train, _ = trainer(lambda plan, rung: plan.width)
+    for _ in range(2):
+        halve(study, PLANS[:4], rungs(3, 4), train)
+    account: Any = SimpleNamespace(recovery_studies=lambda: {"": study})
+    rows = ladder_rows(account)
+    assert sorted(row["plan"] for row in rows) == sorted(plan.key for plan in PLANS[:4])
+    assert sum(row["state"] == "complete" for row in rows) == 1
 
 
 def test_where_all_fail_the_last_failure_is_raised(study: optuna.Study) -> None:
