@@ -43,6 +43,12 @@ class RunFolderError(InputError):
     """The run folder belongs to another task, can't be written, or is damaged."""
 
 
+class StorageError(RunFolderError):
+    """What a run leaves behind can't be written: the disk is full, or the folder is gone."""
+
+    exit_code = 1
+
+
 class DeviceError(CompressError):
     """The device could not be measured: the measuring process failed or the device is unreachable."""
 
@@ -97,7 +103,7 @@ def ends_all(failure: Exception) -> bool:
     own functions raise they may raise on one model alone."""
     if not isinstance(failure, CompressError) or isinstance(failure, TaskError):
         return False
-    return failure.exit_code != CompressError.exit_code
+    return failure.exit_code != CompressError.exit_code or isinstance(failure, StorageError)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from automl_compress.errors import RunFolderError
+from automl_compress.errors import RunFolderError, StorageError
 
 _IDENTITY = "run.json"
 # What a run is recognised by without a reader being able to: said in words, and after what can be read.
@@ -65,7 +65,7 @@ class RunFolder:
     def file(self, *names: str) -> Path:
         """A path inside the folder; its parents exist."""
         if not self.path.is_dir():
-            raise RunFolderError(f"run folder {self.path} is gone: what it held is lost, the same command starts anew")
+            raise StorageError(f"run folder {self.path} is gone: what it held is lost, the same command starts anew")
         path = self.path.joinpath(*names)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -81,7 +81,7 @@ class RunFolder:
             os.replace(temporary, path)
         except OSError as error:
             Path(temporary).unlink(missing_ok=True)
-            raise RunFolderError(
+            raise StorageError(
                 f"{path}: can't be written ({error.strerror}); free some space and run the same "
                 "command again, it goes on where it stopped"
             ) from error

@@ -10,7 +10,7 @@ from typing import Any
 from automl_compress.core.result import Result
 from automl_compress.deploy.overview import write_overview
 from automl_compress.deploy.report import write_report
-from automl_compress.errors import CompressError, InfeasibleError
+from automl_compress.errors import InfeasibleError, StorageError
 from automl_compress.search.campaign.account import ladder_rows, trial_rows
 from automl_compress.search.campaign.account import notes as notes_of
 from automl_compress.search.campaign.baselines import Baselines
@@ -114,7 +114,7 @@ def write(campaign: Campaign, settings: Settings, result: Result) -> Result:
     try:
         write_report(result, trial_rows(campaign), campaign.folder.path, commands=[reproduce(campaign, settings)])
     except OSError as error:
-        raise CompressError(
+        raise StorageError(
             f"{error.filename}: can't be written ({error.strerror}); free some space and run again"
         ) from error
     campaign.folder.write_json("result.json", result.to_json())
@@ -127,7 +127,7 @@ def write_devices(folder: Path, results: Mapping[str, Result]) -> None:
     try:
         write_overview(folder, data)
     except OSError as error:
-        raise CompressError(
+        raise StorageError(
             f"{error.filename}: can't be written ({error.strerror}); free some space and run again"
         ) from error
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from automl_compress.errors import TrainingError, first_line
+from automl_compress.errors import StorageError, TrainingError, first_line
 from automl_compress.techniques.training.state import Tensors
 
 VERSION = 1
@@ -25,12 +25,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """The checkpoint is the old or the new one after a kill. Raises TrainingError if it can't be written."""
+    """The checkpoint is the old or the new one after a kill. Raises StorageError if it can't be written."""
     save_tensors(path, tensors, {"training": json.dumps({"version": VERSION, **facts})})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write beside and rename. Raises TrainingError if it can't be written."""
+    """Write beside and rename. Raises StorageError if it can't be written."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, st
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise TrainingError(_unwritable(path, error)) from error
+        raise StorageError(_unwritable(path, error)) from error
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]] | None:

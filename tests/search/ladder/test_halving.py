@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from automl_compress.core.plan import Plan
-from automl_compress.errors import Interrupted, RunFolderError, TaskError, TrainingError
+from automl_compress.errors import Interrupted, StorageError, TaskError, TrainingError
 from automl_compress.search.campaign.account import ladder_rows
 from automl_compress.search.campaign.timing import rungs
 from automl_compress.search.evaluation.candidate import Candidate
@@ -110,9 +110,7 @@ def test_where_all_fail_the_last_failure_is_raised(study: optuna.Study) -> None:
         halve(study, PLANS, STEPS, trainer(metric)[0])
 
 
-@pytest.mark.parametrize(
-    "error", [RunFolderError("the loader yields nothing"), Interrupted("stopped"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), Interrupted("stopped"), KeyboardInterrupt()])
 def test_what_no_other_plan_would_mend_ends_it(study: optuna.Study, error: BaseException) -> None:
     def metric(plan: Plan, rung: int) -> float:
         raise error

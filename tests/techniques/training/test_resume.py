@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from automl_compress.errors import TrainingError
+from automl_compress.errors import StorageError, TrainingError
 from automl_compress.model.task import Task, prepare
 from automl_compress.techniques.training import checkpoint
 from automl_compress.techniques.training.interruption import between_steps
@@ -243,7 +243,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path, m
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(TrainingError, match=r"No space left on device\); free some space and run the same again"):
+    with pytest.raises(StorageError, match=r"No space left on device\); free some space and run the same again"):
         run(OwnOrder, file, epochs=1)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
