@@ -31,12 +31,10 @@ _PACED = 8  # sensitivities after which the time that the others take is foresee
 def learn(campaign: Campaign, goal: Goal | None = None) -> None:
     """Everything that comes before the first trial. Raises InfeasibleError if no trial could help, InputError where the
     time limit is too short for that. `goal`: how good a model has to stay, where that was asked."""
-    clock = campaign.clock
-    if clock.left == 0:
-        clock.refuse("it was over before anything was measured", clock.now() - clock.begun)
     measure_original(campaign)
     if goal is not None:
         goal.require_reachable(campaign.original_metric())
+    clock = campaign.clock
     clock.require(_LEAST_MEASURED * (clock.typical("measuring") or 0.0), "measuring what is to be delivered")
     learn_device(campaign)
     known = (campaign.aim, campaign.budget, campaign.original, campaign.measured.values())
