@@ -115,13 +115,14 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
     from automl_compress import compress
     from automl_compress.hardware.device.device import Device
     from automl_compress.hardware.prediction.measure import measure_model, measure_variants
-    from automl_compress.search.campaign import learning
+    from automl_compress.search.campaign import learning, opening
     from automl_compress.search.evaluation.evaluate import Workbench
     from automl_compress.search.ladder.ladder import Recovery
     from automl_compress.search.sampling import study
     from automl_compress.search.sampling.budget_sampler import BudgetSampler
     from automl_compress.search.table import forecast
     from automl_compress.search.table.sensitivity import measure_joint, measure_sensitivity
+    from automl_compress.techniques.distillation.teacher import worth_of_views
 
     spent: dict[str, float] = defaultdict(float)
     clock = _Exclusive(spent)
@@ -131,6 +132,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
             [
                 (Workbench, "one_shot", clock.wrap("evaluate", Workbench.one_shot)),
                 (Workbench, "metric", clock.wrap("evaluate", Workbench.metric)),
+                (opening, "worth_of_views", clock.wrap("evaluate", worth_of_views)),
                 (learning, "measure_sensitivity", clock.wrap("evaluate", measure_sensitivity)),
                 (learning, "measure_joint", clock.wrap("evaluate", measure_joint)),
                 (Recovery, "recover", clock.wrap("train", Recovery.recover)),

@@ -95,6 +95,8 @@ def learn_quality(campaign: Campaign) -> None:
     """Measure, or read from the run folder, what each option costs in quality."""
     bench, space, clock = campaign.bench, campaign.space, campaign.clock
     options = sum(len(d.options) for d in space.decisions)
+    campaign.progress.stage("ranking channels")
+    _ = bench.ranking  # computed once, before the pace of what follows is taken
     campaign.progress.stage("measuring sensitivities", options)
     file = campaign.folder.file(SENSITIVITY)
     begun, measured = clock.now(), 0
