@@ -190,7 +190,9 @@ def compress_each(
     whole = make_settings(task, **options)
     folder = Path(output) if output else default_folder(task_name(task), whole)
     results: dict[str, Result] = {}
+    progress = progress or SilentProgress()
     for name, each in names.items():
+        progress.another(f"for {name}:")
         first = next((folder / other for other in results), None)
         results[name] = compress(task, **options, profile=each, reuse=first, output=folder / name, progress=progress)
     outcome.write_devices(folder, results)

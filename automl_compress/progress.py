@@ -64,6 +64,11 @@ class Progress(ABC):
         self._best = f"best {metric:.4g} at {cost_text}"
         self._show(at_once=False)
 
+    def another(self, text: str) -> None:
+        """Another search begins, for what the text says: what was best in the one before says nothing about it."""
+        self._best = ""
+        self.note(text)
+
     @abstractmethod
     def close(self) -> None:
         """Show the last state and stop. Closing twice is harmless."""

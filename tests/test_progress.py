@@ -40,6 +40,9 @@ def test_the_best_so_far_and_its_cost_are_shown() -> None:
     progress.stage("search")
     progress.best(0.91234, "0.38 of the latency, predicted")
     assert stream.getvalue().splitlines()[-1] == "[0s] search  best 0.9123 at 0.38 of the latency, predicted"
+    progress.another("for another device:")
+    progress.stage("search")
+    assert stream.getvalue().splitlines()[-2:] == ["[0s] for another device:", "[0s] search"]
 
 
 def test_a_note_is_said_at_once() -> None:
