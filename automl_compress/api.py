@@ -125,7 +125,7 @@ def compress(
             result = outcome.infeasible(campaign, settings, error)
         except (KeyboardInterrupt, Interrupted):
             outcome.write(campaign, settings, outcome.interrupted(campaign, settings))
-            raise Interrupted(f"interrupted; the same command with -o {folder} goes on where it stopped") from None
+            raise _interrupted(folder) from None
         return outcome.write(campaign, settings, result)
 
 
@@ -194,7 +194,12 @@ def compress_each(
     for name, each in names.items():
         progress.another(f"for {name}:")
         first = next((folder / other for other in results), None)
-        results[name] = compress(task, **options, profile=each, reuse=first, output=folder / name, progress=progress)
+        try:
+            results[name] = compress(
+                task, **options, profile=each, reuse=first, output=folder / name, progress=progress
+            )
+        except Interrupted:
+            raise _interrupted(folder) from None
     outcome.write_devices(folder, results)
     return results
 
@@ -313,7 +318,9 @@ def replay(
     plan_path, weights_path = run / "plan.json", run / "best.safetensors"
     for path in (plan_path, weights_path):
         if not path.is_file():
-            raise PlanError(f"{path}: no such file; only a run that delivered a model can be replayed")
+            within = [str(plan.parent) for each in ("*", "front/*") for plan in sorted(run.glob(f"{each}/plan.json"))]
+            way = f"name one of its models: {', '.join(within)}" if within else "only a delivered model can be replayed"
+            raise PlanError(f"{path}: no such file; {way}")
     loaded = read_transferred(run, load(task, weights))
     width = student_width(plan_path)
     if width is not None:
@@ -324,6 +331,10 @@ def replay(
     found = stored_quantization(weights_path, ranges)
     onnx.save(bench.export(rebuild(bench, plan, weights_path), plan, found), target)
     return target
+
+
+def _interrupted(folder: Path) -> Interrupted:
+    return Interrupted(f"interrupted; the same command with -o {folder} goes on where it stopped")
 
 
 def _beside(run: Path, task: Task | str, options: Mapping[str, Any]) -> Path:

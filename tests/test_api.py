@@ -209,6 +209,10 @@ def test_the_plan_replays_to_the_same_model(delivered: Result, tmp_path: Path) -
     )
     with pytest.raises(PlanError, match="no such file"):
         api.replay(tmp_path, tiny.task())
+    (tmp_path / "front" / "1").mkdir(parents=True)
+    (tmp_path / "front" / "1" / "plan.json").write_text("{}")
+    with pytest.raises(PlanError, match=f"name one of its models: {tmp_path}/front/1"):
+        api.replay(tmp_path, tiny.task())
 
 
 def test_every_trial_says_what_it_decided_and_what_that_was_predicted_to_cost(delivered: Result) -> None:
