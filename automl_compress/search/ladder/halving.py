@@ -8,6 +8,7 @@ end before the second had begun. Metrics are compared within a rung alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from optuna.pruners import BasePruner
@@ -114,7 +115,10 @@ def halve(
 
 
 def _enter(study: Study, plan: Plan, number: int) -> Trial:
-    trial = study.ask()
+    with warnings.catch_warnings():
+        # In a database, trials are to have a heartbeat, by which others take them up. These are this process's alone.
+        warnings.filterwarnings("ignore", message="Heartbeat of storage")
+        trial = study.ask()
     trial.set_user_attr(_ROUND, number)
     trial.set_user_attr("plan", plan.key)
     return trial

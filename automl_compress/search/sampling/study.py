@@ -149,6 +149,10 @@ def _one_trial(study: Study, objective: Objective) -> FrozenTrial:
         if numbers:
             requeue(study, _trial(study, numbers[0]))
         raise Interrupted("interrupted: the same command goes on from here") from None
+    except ValueError:
+        # SQLite locks no rows: two workers may get one waiting trial, and the other one has told its end by now.
+        if not numbers or not _trial(study, numbers[0]).state.is_finished():
+            raise
     return _trial(study, numbers[0])
 
 

@@ -247,6 +247,18 @@ def test_trials_end_where_nothing_that_is_proposed_fits_any_more(tmp_path: Path)
     assert run_trials(study, objective(), 12, refusals=3) == "trials"
 
 
+def test_a_trial_whose_end_another_worker_told_first_ends_nobody(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+
+    def told_meanwhile(plan: Plan) -> float:
+        (running,) = study.get_trials(states=(TrialState.RUNNING,))
+        study.tell(running.number, 0.5)
+        return 0.5
+
+    assert run_trials(study, replace(objective(), evaluate=told_meanwhile, budget=Budget(limits={})), 2) == "trials"
+    assert [trial.value for trial in study.trials] == [0.5, 0.5]
+
+
 def test_time_ends_a_run_between_trials(tmp_path: Path) -> None:
     ticks = iter(range(0, 1000, 10))
     study = opened(tmp_path)
