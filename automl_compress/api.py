@@ -33,6 +33,7 @@ from automl_compress.search.delivery.directions import best_model
 from automl_compress.search.delivery.front import front_models
 from automl_compress.search.evaluation.candidate import read_plan, rebuild, stored_quantization, student_width
 from automl_compress.search.evaluation.evaluate import Workbench
+from automl_compress.search.ladder.ladder import Recovery
 from automl_compress.search.sampling.study import trial_counts
 from automl_compress.search.table.forecast import PROFILE, Forecast
 from automl_compress.search.table.profiling import Profiled, profile_kernels, profile_network
@@ -112,6 +113,8 @@ def compress(
         try:
             if known is not None:
                 progress.note(known.lend(campaign))
+            if settings.schedule.epochs > 0:
+                Recovery(campaign.bench, campaign.folder, settings.losses).rehearse()
             learn(campaign, settings.goal)
             calibrate(campaign)
             if known is not None:

@@ -202,7 +202,10 @@ def _to_onnx(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> onnx.Model
     except CompressError:
         raise
     except Exception as error:
-        raise ExportError(f"the model can't be turned into ONNX: {first_line(error)}") from error
+        cause: BaseException = error  # the exporter's own text is advice to its developers
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"the model can't be turned into ONNX: {first_line(cause)}") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from automl_compress.errors import CompressError, TaskError, raised
 
@@ -62,17 +62,20 @@ def require_loss(loss: Any) -> Tensor:
 
 
 def checked_forward(model: nn.Module, inputs: tuple[Tensor, ...], what: str, *, who: str = "the model") -> Any:
-    """The model's outputs in eval mode. Raises TaskError, which says what the inputs are, where it fails on them."""
-    training = model.training
+    """The model's outputs in eval mode. Raises TaskError, which says what the inputs are, where it fails on them or
+    its answers aren't finite."""
+    training, shapes = model.training, ", ".join(str(tuple(part.shape)) for part in inputs)
     model.eval()
     try:
         with torch.no_grad():
-            return model(*inputs)
+            outputs = model(*inputs)
     except Exception as error:
-        shapes = ", ".join(str(tuple(part.shape)) for part in inputs)
         raise TaskError(f"task: {who}'s forward fails on {what} {shapes}: {raised(error)}") from error
     finally:
         model.train(training)
+    if not all(bool(part.isfinite().all()) for part in tree_leaves(outputs) if isinstance(part, Tensor)):
+        raise TaskError(f"task: {who} answers {what} {shapes} with NaN or infinity; check its weights and the data")
+    return outputs
 
 
 def check_labels(targets: Tensor, classes: int, split: str) -> None:

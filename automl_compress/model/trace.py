@@ -7,8 +7,9 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,19 @@ _TRACE_BATCH = 2
 _TELLING_SPREAD = 1e-2
 
 
+_LOUD = ("fvcore", "torch.export", "torch.onnx", "torch._export", "torch.fx")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep third parties' warnings and log lines from the user; they speak of their own internals."""
-    loggers = [logging.getLogger(name) for name in ("fvcore", "torch.export", "torch.onnx", "torch._export")]
+    """Keep third parties' warnings and log lines from the user, and what torch prints of a graph that it gave up; they
+    speak of their own internals."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -81,7 +86,7 @@ def analyse(model: nn.Module, example_inputs: Sequence[Tensor]) -> Analysis:
     model = copy_model(model).cpu().float().eval()
     make_telling(model)
     inputs = sample(example_inputs, _TRACE_BATCH)
-    program = _export(model, inputs)
+    program = exported(model, inputs)
     equal: set[type] = set()
     alike: set[type] = set()
     while True:
@@ -194,7 +199,8 @@ def sample(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
     return tuple(result)
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+def exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """The model as a graph of operators. Raises TaskError where torch can't make one of it."""
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(model, inputs)

@@ -195,7 +195,9 @@ def test_a_metric_that_is_no_finite_number_is_refused(value: str) -> None:
 
 
 def test_answers_that_are_no_finite_numbers_are_refused_at_once() -> None:
-    assert "NaN or infinity" in refusal(lambda: prepare(task(validation=(IMAGES * float("nan"), CLASSES))))
+    assert "the model answers the example input (10, 3) with NaN" in refusal(
+        lambda: prepare(task(validation=(IMAGES * float("nan"), CLASSES)))
+    )
 
 
 @pytest.mark.parametrize(

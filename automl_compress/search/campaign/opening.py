@@ -17,8 +17,8 @@ from automl_compress.model.task import Task, load_task, prepare, scarcity
 from automl_compress.model.task_file import require_task_file
 from automl_compress.model.trace import trace
 from automl_compress.progress import Progress
-from automl_compress.recovery.own_student import make_student
-from automl_compress.recovery.students import OWN, WIDTHS, parse_students
+from automl_compress.recovery.own_student import require_exportable
+from automl_compress.recovery.students import OWN, parse_students
 from automl_compress.recovery.transfer import in_words, transfer_in
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.settings import Settings
@@ -29,11 +29,11 @@ from automl_compress.search.space.rules import SpaceFile
 from automl_compress.search.space.space import SearchSpace, load_space, offered_bits, resolve
 from automl_compress.search.table.forecast import Forecast
 from automl_compress.search.table.profiling import forecast_of
-from automl_compress.techniques.distillation.outputs import answers, require_match
-from automl_compress.techniques.distillation.teacher import worth_of_views
+from automl_compress.techniques.distillation.outputs import answers, matched
+from automl_compress.techniques.distillation.teacher import worth_of_teaching
 from automl_compress.techniques.training.log import shown_by
 
-_VIEWS = "views.json"
+_TEACHING = "teaching.json"
 
 
 @contextmanager
@@ -96,8 +96,7 @@ def _campaign_on(
     progress.stage("loading the task")
     loaded = load(task, options["weights"])
     if OWN in parse_students(options["students"], has_own=loaded.student is not None):
-        for width in (WIDTHS[0], WIDTHS[-1]):  # one that can't compete is told of now, not when all else is done
-            make_student(loaded, width, int(options["seed"]))
+        require_exportable(loaded, int(options["seed"]))  # told of now, not when all else is done
     progress.stage("tracing the model")
     graph = trace(loaded.model, loaded.example_inputs)
     offered, held_back = offered_bits(device_profile.executions, size_limited="size" in settings.searched)
@@ -118,7 +117,7 @@ def _campaign_on(
     with RunFolder(folder, identity) as run_folder:
         opened(run_folder)
         loaded, space = _transferred(run_folder, loaded, space, progress, seed=int(options["seed"]))
-        if told := told_of_views(run_folder, loaded):
+        if told := told_of_teaching(run_folder, loaded):
             progress.note(told)
             space = replace(space, notes=(*space.notes, told))
         yield Campaign(
@@ -154,14 +153,14 @@ def _transferred(
     return done, replace(space, notes=(*space.notes, in_words(known)))
 
 
-def told_of_views(folder: RunFolder, task: Task) -> str:
-    """`worth_of_views`, found out once for a run folder."""
-    if not task.views:
+def told_of_teaching(folder: RunFolder, task: Task) -> str:
+    """`worth_of_teaching`, found out once for a run folder."""
+    if task.teacher is None and not task.views:
         return ""
-    known = folder.read_json(_VIEWS)
+    known = folder.read_json(_TEACHING)
     if known is None:
-        known = {"note": worth_of_views(task)}
-        folder.write_json(_VIEWS, known)
+        known = {"note": worth_of_teaching(task)}
+        folder.write_json(_TEACHING, known)
     return str(known["note"])
 
 
@@ -169,7 +168,7 @@ def load(task: Task | str, weights: str | Path | None) -> Task:
     path = Path(weights) if weights else None
     loaded = load_task(task, weights=path) if isinstance(task, str) else prepare(task, weights=path)
     if loaded.teacher is not None:
-        require_match(answers(loaded.model, loaded, "the model"), answers(loaded.teacher, loaded, "the teacher"))
+        matched(answers(loaded.model, loaded, "the model"), answers(loaded.teacher, loaded, "the teacher"))
     return loaded
 
 

@@ -98,7 +98,7 @@ def verify(campaign: Campaign, candidate: Candidate, baselines: Mapping[str, Can
     # The two ways to compare (median of ratios, ratio of medians) may differ a little: the budget must hold for both.
     delivered = replace(delivered, latency_us=max(delivered.latency_us, delivered.latency_ratio * original.latency_us))
     notes = [f"{layer.layer}: {layer.reason}" for layer in executed if not layer.ok]
-    notes += [f"quantization: {note}" for note in candidate.notes]
+    notes += candidate.notes
     if candidate.width is not None:
         notes.append(f"the delivered model is the task's own student({candidate.width:g}), taught by the original")
     elif candidate.contender:

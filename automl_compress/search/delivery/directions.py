@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from automl_compress.errors import CompressError, ExportError
 from automl_compress.search.campaign.baselines import Baselines, beside_own
@@ -37,6 +38,7 @@ def best_model(campaign: Campaign, settings: Settings) -> Found:
         best = max(models, key=lambda candidate: candidate.metric)
         verified = verified_or_rejected(campaign, best, beaten.candidates)
         if verified is not None:
+            verified = replace(verified, notes=(*verified.notes, *contenders.told))
             return best, verified, beside_own(beaten, campaign, best, finished)
         contenders.reject(best)
     raise none_left(campaign, DELIVERIES)

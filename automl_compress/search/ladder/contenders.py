@@ -48,6 +48,7 @@ class Contenders:
         self._campaign, self._settings = campaign, settings
         has_own = campaign.bench.task.student is not None
         self.names = parse_students(settings.options.get("students"), has_own=has_own)
+        self.told: dict[str, None] = {}  # what became of them, for the report
         self._own: Candidate | None = None
         self._own_is_known = False
 
@@ -71,9 +72,13 @@ class Contenders:
             found.append(self._own)
         able = [candidate for candidate in found if candidate is not None]
         for candidate in able:
-            what = "from scratch" if candidate.width is None else f"student({candidate.width:g})"
-            self._campaign.progress.note(f"{what}: {candidate.metric:.4f} on validation, inherited: {best.metric:.4f}")
+            what = "the student from scratch" if candidate.width is None else f"student({candidate.width:g})"
+            self._tell(f"{what} reached {candidate.metric:.4f} on validation, the inherited one {best.metric:.4f}")
         return able
+
+    def _tell(self, what: str) -> None:
+        self.told[what] = None
+        self._campaign.progress.note(what)
 
     def _attempted(self, name: str, train: Callable[[], Candidate | None]) -> Candidate | None:
         try:
@@ -81,9 +86,7 @@ class Contenders:
         except FAILURES as error:
             if ends_all(error):
                 raise
-            reason = f"student {name} failed, and doesn't compete: {first_line(error)}"
-            self._campaign.rejected[f"student {name}"] = reason
-            self._campaign.progress.note(reason)
+            self._tell(f"student {name} failed, and doesn't compete: {first_line(error)}")
             return None
 
     def reject(self, candidate: Candidate) -> None:
@@ -104,7 +107,7 @@ class Contenders:
         campaign.progress.stage("measuring students of the task's own")
         chosen = next(self._fitting(), None)
         if chosen is None:
-            campaign.progress.note(f"no student of the task's own fits the budget, down to width {WIDTHS[-1]:g}")
+            self._tell(f"no student of the task's own fits the budget, down to width {WIDTHS[-1]:g}")
             return None
         width, untrained, plans = chosen
         model, log, seconds = self._trained(width, untrained, schedule, shown_by(self._campaign.progress))

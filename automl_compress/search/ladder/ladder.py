@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import nn
 
@@ -26,6 +27,7 @@ from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.evaluation.evaluate import Workbench
 from automl_compress.techniques.distillation.cache import AnswerCache
 from automl_compress.techniques.distillation.losses import DEFAULT, Losses, parse_losses
+from automl_compress.techniques.distillation.mixing import mixable
 from automl_compress.techniques.distillation.objective import Distillation
 from automl_compress.techniques.distillation.pairing import pair_layers
 from automl_compress.techniques.distillation.teacher import samples_per_epoch
@@ -66,6 +68,11 @@ class Recovery:
         self._losses = losses or parse_losses(DEFAULT)
         self._contender, self._resources = contender, resources or Resources()
         self.cache = AnswerCache()
+
+    def rehearse(self) -> None:
+        """Raise now what the first step of a training would: losses that don't fit the task, outputs that differ."""
+        with torch.no_grad():
+            self._objective(Plan())(self._bench.teacher, next(self._bench.task.batches("validation")))
 
     def has(self, plan: Plan, rung: str, schedule: Training) -> bool:
         """Whether `recover` would find the model in the run folder."""
@@ -113,7 +120,11 @@ class Recovery:
         weights = self._folder.write_bytes(f"{name}.safetensors", save(_apart(state)))
         path = self._folder.write_bytes(f"{name}.onnx", exported.SerializeToString())
         training = tuple(log.to_json() for log in logs)
-        notes = (*found.notes, *(f"{log.label}: {note}" for log in logs for note in log.notes), *filter(None, [worse]))
+        notes = (
+            *(f"quantization: {note}" for note in found.notes),
+            *(f"{log.label}: {note}" for log in logs for note in log.notes),
+            *filter(None, [worse, self._unmixed]),
+        )
         seconds = sum(log.seconds for log in logs)
         record = {
             "plan": full.to_json(self._bench.graph),
@@ -142,6 +153,13 @@ class Recovery:
             seconds=seconds,
             contender=self._contender,
         )
+
+    @property
+    def _unmixed(self) -> str:
+        task = self._bench.task
+        if not self._losses.mixed or mixable(task, task.example_inputs):
+            return ""
+        return "distillation loss mixed did nothing: only images and signals that are classified can be mixed"
 
     def _mode_at(self, rung: str) -> str:
         """Short recoveries only compare plans: the way there is too long for them."""

@@ -14,7 +14,7 @@ from automl_compress.model.trace import trace
 from automl_compress.progress import Progress, SilentProgress
 from automl_compress.recovery.names import DEFAULT_MODE, check_mode
 from automl_compress.recovery.transfer import in_words, read_transferred, stored_transfer, transfer_in
-from automl_compress.search.campaign.opening import load, task_name
+from automl_compress.search.campaign.opening import load, task_name, told_of_teaching
 from automl_compress.search.campaign.options import EPOCHS
 from automl_compress.search.evaluation.candidate import Candidate, plan_file, read_plan
 from automl_compress.search.evaluation.evaluate import Workbench
@@ -59,6 +59,8 @@ def recover(
     losses, progress = parse_losses(distillation), progress or SilentProgress()
     if isinstance(task, str):
         require_task_file(task)
+    if not isinstance(plan, Plan) and not Path(plan).is_file():
+        raise InputError(f"plan {plan}: no such file; a finished run has a plan.json")
     progress.stage("loading the task")
     loaded = load(task, weights)
     folder = Path(output) if output else Path("runs") / f"{task_name(task)}-recovered-{mode}"
@@ -71,10 +73,8 @@ def recover(
     if isinstance(plan, Plan):
         plan.check(graph)
     else:
-        path, home = Path(plan), Path(plan).parent
-        if not path.is_file():
-            raise InputError(f"plan {path}: no such file; a finished run has a plan.json")
-        plan, _, executions = read_plan(path, graph)
+        home = Path(plan).parent
+        plan, _, executions = read_plan(Path(plan), graph)
     identity = {
         "task": digest_of(loaded),
         "graph": graph.fingerprint,
@@ -88,12 +88,18 @@ def recover(
         loaded, known = transfer_in(run, loaded, seed=seed, on_step=shown_by(progress))
         if known is not None:
             progress.note(in_words(known))
+        teaching = told_of_teaching(run, loaded)
+        if teaching:
+            progress.note(teaching)
         bench = Workbench(loaded, graph, seed=seed, executions=executions)
         progress.stage("repairing without training")
         recovery = Recovery(bench, run, losses, mode, resources=resources)
+        if settings.epochs > 0:
+            recovery.rehearse()
         candidate = recovery.recover(plan, FULL, settings, shown_by(progress))
         onnx = run.write_bytes("recovered.onnx", candidate.onnx.read_bytes())
         stored = run.write_bytes("recovered.safetensors", candidate.weights.read_bytes())
         run.write_json("plan.json", plan_file(candidate, bench))
-    notes = (*candidate.notes, *filter(None, [scarce]))
+    original = f"the original reaches {bench.metric(bench.original, 'validation'):.4f} on validation data"
+    notes = (original, *candidate.notes, *filter(None, [teaching, scarce]))
     return replace(candidate, onnx=onnx, weights=stored, notes=notes)

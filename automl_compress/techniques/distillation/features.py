@@ -86,13 +86,11 @@ def hint(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Ten
 def attention_transfer(student: Tensor, teacher: Tensor, channel_dim: int, counted: Tensor | None = None) -> Tensor:
     """Squared distance of where features are large: mean over channels of their squares, normalised over positions.
 
-    Widths may differ. Zero for features that have no positions. Scalar.
+    Features have positions [N, C, ...] or tokens [N, ..., C]; widths may differ. Scalar.
 
     Source: Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", eq. 2 (p = 2).
     """
     maps: list[Tensor] = [_MeanPower.apply(part, channel_dim) for part in (student, teacher)]  # type: ignore[no-untyped-call]
-    if maps[0].ndim == 1:
-        return student.sum() * 0
     if counted is not None and maps[0].shape == counted.shape:
         maps = [part * counted.to(part.dtype) for part in maps]
     unit = [functional.normalize(part.flatten(1), dim=1) for part in maps]

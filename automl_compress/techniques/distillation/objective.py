@@ -27,16 +27,20 @@ from automl_compress.techniques.distillation.outputs import (
     ClassRows,
     class_dim,
     class_rows,
+    matched,
     named_tensors,
     padding_input,
-    require_match,
     squared_error,
 )
 from automl_compress.techniques.distillation.pairing import Pair
 from automl_compress.techniques.distillation.teacher import Answers, Teacher
 from automl_compress.techniques.objective import Loss
 
-_ON_OUTPUTS = "no layer of the student tells what it reads; distil with losses on outputs, such as soft"
+_ROWS = 2  # dimensions of features of whole samples: [N, C]
+_SILENT = {
+    "features": "no layer of the student tells what it reads",
+    "attention": "no layer that tells what it reads has several positions or tokens",
+}
 
 
 class Distillation:
@@ -69,7 +73,7 @@ class Distillation:
         self.task, self.losses = task, losses or Losses()
         self._pairs = tuple(pairs) if self.losses.features else ()
         if self.losses.features and not pairs:
-            raise TrainingError(f"distillation loss {self.losses.features[0]} has nothing to compare: {_ON_OUTPUTS}")
+            raise _nothing_to_compare(self.losses.features[0])
         layers = [pair.teacher for pair in self._pairs]
         apart = original is not None and original is not teacher and bool(layers)
         self._cache = cache
@@ -138,6 +142,8 @@ class Distillation:
         for pair, adapter in zip(self._pairs, self._adapters, strict=True):
             if pair.student not in student or pair.teacher not in teacher:
                 continue  # its weight was used without running its module
+            if loss == "attention" and student[pair.student].ndim == _ROWS:
+                continue  # no positions
             mine, wanted = student[pair.student], same_channels(pair, teacher[pair.teacher])
             if pair.widths is not None and loss != "attention":
                 mine = adapted(adapter, mine, pair.channel_dim)
@@ -151,7 +157,7 @@ class Distillation:
                     f"{pair.student} {tuple(mine.shape)}"
                 )
         if not parts:
-            raise TrainingError(f"distillation loss {loss} has nothing to compare: {_ON_OUTPUTS}")
+            raise _nothing_to_compare(loss)
         return torch.stack(parts).mean()
 
     def _comparison(
@@ -159,7 +165,7 @@ class Distillation:
     ) -> Callable[[str], Tensor]:
         """Loss name -> its mean over the model's outputs."""
         student = named_tensors(outputs)
-        require_match(student, teacher)
+        teacher = matched(student, teacher)
         dims = {
             # Of several outputs, which the targets belong to can only be told by their names.
             name: 1 if self.task.classifies else class_dim(value, targets)
@@ -186,6 +192,11 @@ class Distillation:
             return torch.stack(parts).mean()
 
         return compare
+
+
+def _nothing_to_compare(loss: str) -> TrainingError:
+    way = "distil with losses on outputs, such as soft"
+    return TrainingError(f"distillation loss {loss} has nothing to compare: {_SILENT[loss]}; {way}")
 
 
 def task_loss(task: Task, outputs: Any, targets: Tensor) -> Tensor:

@@ -69,6 +69,15 @@ def require_match(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) 
     raise TrainingError(f"teacher and student outputs differ in shape: {told}; both must return the same")
 
 
+def matched(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The teacher's outputs by the student's names. Of a single one the name doesn't matter: one network may return a
+    tensor, the other a dictionary. Raises TrainingError unless both have the same."""
+    if len(student) == len(teacher) == 1:
+        teacher = dict(zip(student, teacher.values(), strict=True))
+    require_match(student, teacher)
+    return teacher
+
+
 def _told(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(shape)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from automl_compress.errors import TaskError
-from automl_compress.model.outputs import joined
+from automl_compress.model.outputs import arranged, joined
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Inputs, Task
 from automl_compress.model.views import View, seen
@@ -78,32 +78,50 @@ class Teacher:
         return f"{self._layers}{precision}"
 
 
-def worth_of_views(task: Task) -> str:
-    """What the teacher's metric on validation data is with and without the task's views; empty where it has none.
+def worth_of_teaching(task: Task) -> str:
+    """What the metric on validation data is of the model, of the task's teacher and of its mean over the task's views;
+    empty where students learn from the model itself, without views.
 
     Some thousand samples are read. A view that means something else, such as a 6 upside down, shows here.
     """
-    if not task.views:
+    if task.teacher is None and not task.views:
         return ""
-    teacher = (task.teacher or task.model).eval()
-    alone, averaged, targets = list[Any](), list[Any](), list[Tensor]()
+    outputs: dict[str, list[Any]] = {}
+    targets: list[Tensor] = []
     with torch.no_grad():
         for inputs, wanted in task.batches("validation"):
-            answers = [teacher(*shown) for shown in (inputs, *(seen(view, inputs) for view in task.views))]
-            alone.append(answers[0])
-            averaged.append(tree_map(_mean, *answers))
+            for who, answer in _answers(task, inputs).items():
+                outputs.setdefault(who, []).append(answer)
             targets.append(wanted)
             if sum(map(len, targets)) >= _ENOUGH:
                 break
     try:
-        before, after = (task.metric_of(joined(outputs), torch.cat(targets)) for outputs in (alone, averaged))
+        found = {who: task.metric_of(joined(parts), torch.cat(targets)) for who, parts in outputs.items()}
     except TaskError as error:  # a metric may want all of the data
-        return f"what the task's views do to the teacher's {task.metric_name} isn't known: {error}"
-    told = (
-        f"over the task's views the teacher's {task.metric_name} on {sum(map(len, targets))} validation samples is "
-        f"{after:.4f}, without them {before:.4f}"
-    )
-    return told if after >= before else f"warning: {told}; do the views mean the same as the inputs?"
+        return f"how good the teacher is isn't known: {error}"
+    samples = sum(map(len, targets))
+    told = f"{task.metric_name} on {samples} validation samples: {', '.join(f'{w} {v:.4f}' for w, v in found.items())}"
+    values = list(found.values())
+    return told if values == sorted(values) else f"warning: students learn from what is worse; {told}"
+
+
+def _answers(task: Task, inputs: Inputs) -> dict[str, Any]:
+    """Who answers a batch, in the order in which each should do better than those before -> the answer."""
+    model = task.model.eval()(*inputs)
+
+    def taught(*shown: Tensor) -> Any:
+        answer = (task.teacher or task.model).eval()(*shown)
+        if type(answer) is type(model):
+            return answer
+        return arranged(list(named_tensors(answer).values()), like=model)  # the container that the metric knows
+
+    found = {"the model": model}
+    if task.teacher is not None:
+        found["the teacher"] = taught(*inputs)
+    if task.views:
+        alone = found[next(reversed(found))]
+        found["over its views"] = tree_map(_mean, alone, *(taught(*seen(view, inputs)) for view in task.views))
+    return found
 
 
 def _mean(*answers: Any) -> Any:

@@ -17,7 +17,7 @@ from automl_compress.errors import InfeasibleError, InputError
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.learning import learn
 from automl_compress.search.campaign.measured import MeasuredCosts
-from automl_compress.search.campaign.opening import told_of_views
+from automl_compress.search.campaign.opening import told_of_teaching
 from automl_compress.search.campaign.timing import Clock
 from automl_compress.search.sampling.study import trial_counts
 from automl_compress.search.solvers.feasibility import require_feasible
@@ -127,12 +127,12 @@ def test_what_views_are_worth_is_found_out_once_for_a_run_folder(tmp_path: Path)
 
     task = replace(ready(), views=(same,))
     with RunFolder(tmp_path / "run", {"run": "same"}) as folder:
-        first, count = told_of_views(folder, task), len(shown)
+        first, count = told_of_teaching(folder, task), len(shown)
         assert first
         assert count
-        assert told_of_views(folder, task) == first
+        assert told_of_teaching(folder, task) == first
         assert len(shown) == count
-        assert told_of_views(folder, ready()) == ""
+        assert told_of_teaching(folder, ready()) == ""
 
 
 def test_measured_costs_outlive_the_process_and_a_line_that_was_cut_short(tmp_path: Path) -> None:

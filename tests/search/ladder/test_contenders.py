@@ -154,23 +154,39 @@ def test_one_that_fails_leaves_what_was_found_without_it(
 ) -> None:
     notes: list[str] = []
     monkeypatch.setattr(learned.progress, "note", notes.append)
-    monkeypatch.setattr(learned, "rejected", {})
     monkeypatch.setattr(learned.bench, "task", replace(learned.bench.task, student=lambda width: 1 / 0))
-    assert Contenders(learned, settings()).finished(inherited) == []
+    competing = Contenders(learned, settings())
+    assert competing.finished(inherited) == []
     assert notes == [
         "student own failed, and doesn't compete: task: student(1) raised ZeroDivisionError: division by zero"
     ]
-    assert notes == list(learned.rejected.values())
+    assert notes == list(competing.told)
+    assert not learned.rejected
 
 
+class Deciding(Plain):
+    """Control flow that torch can't export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        (lambda width: Plain(width) if width > 0.2 else nn.Linear(3, 3), r"student\(0.125\)'s forward fails"),
+        (Deciding, r"student\(1\): the model can't be exported, at test_contenders.py"),
+    ],
+)
 def test_a_student_that_cannot_compete_is_told_of_before_anything_is_searched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    factory: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(opening, "device_for", partial(device_for, launch=TimelessRuntime))
-    task = replace(tiny.task(), student=lambda width: Plain(width) if width > 0.2 else nn.Linear(3, 3))
-    with pytest.raises(TaskError, match=r"student\(0.125\)'s forward fails"):
+    task = replace(tiny.task(), student=factory)
+    with pytest.raises(TaskError, match=told):
         api.compress(task, size="90%", output=tmp_path / "run")
     assert not (tmp_path / "run" / "original.json").exists()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -181,8 +197,9 @@ def test_a_student_that_cannot_compete_is_told_of_before_anything_is_searched(
         (lambda width: nn.Linear(3, 3), r"student\(0.5\)'s forward fails on the example input"),
         (
             lambda width: nn.Sequential(nn.Flatten(), nn.Linear(64, 9)),
-            r"differ in shape: output: \(128, 4\) and \(128, 9\)",
+            r"student\(0.5\): teacher and student outputs differ in shape: output: \(128, 4\) and \(128, 9\)",
         ),
+        (lambda width: Plain(width).requires_grad_(False), r"student\(0.5\) has nothing to train"),
     ],
 )
 def test_factories_that_make_something_else_are_told(factory: Any, told: str) -> None:

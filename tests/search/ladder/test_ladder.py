@@ -77,6 +77,8 @@ def test_without_features_the_default_goes_on_and_what_was_asked_for_by_name_doe
     monkeypatch.setattr(ladder, "pair_layers", lambda *_: ())
     with pytest.raises(TrainingError, match="features has nothing to compare"):
         recover(folder, losses="soft+features=1")
+    with pytest.raises(TrainingError, match="features has nothing to compare"):
+        Recovery(campaigns.bench(), folder, parse_losses("features")).rehearse()
     assert recover(folder, losses=DEFAULT)[1] >= 4
 
 

@@ -49,7 +49,6 @@ def test_attention_is_blind_to_scale_sign_and_order_of_channels() -> None:
         torch.testing.assert_close(attention_transfer(same, OTHER, 1), loss)
     assert float(attention_transfer(ONE[:, :3], OTHER, 1)) > 0  # of any width
     assert float(attention_transfer(OTHER, OTHER, 1)) == 0
-    assert float(attention_transfer(ONE[:, :, 0, 0], OTHER[:, :, 0, 0], -1)) == 0  # no positions
 
 
 @pytest.mark.parametrize("losses", ["hint", "attention"])
@@ -207,6 +206,12 @@ def test_models_without_a_layer_that_tells_are_refused_with_the_way_out() -> Non
     pairs = [Pair(student="layer", teacher="layer", channel_dim=-1)]
     with pytest.raises(TrainingError, match="nothing to compare"):
         Distillation(TASK, Aside(), parse_losses("features"), pairs)(Aside(), BATCH)
+
+
+def test_attention_needs_a_layer_with_positions() -> None:
+    pairs = [Pair(student="head", teacher="head", channel_dim=-1)]
+    with pytest.raises(TrainingError, match=r"attention has nothing to compare: no layer .* positions or tokens"):
+        Distillation(TASK, TASK.model, parse_losses("attention"), pairs)(tiny.Net(), BATCH)
 
 
 def test_features_of_other_positions_are_refused_naming_both() -> None:

@@ -14,6 +14,7 @@ from automl_compress.errors import TrainingError
 from automl_compress.techniques.distillation.outputs import (
     class_dim,
     class_rows,
+    matched,
     named_tensors,
     require_match,
     squared_error,
@@ -69,6 +70,14 @@ def test_outputs_that_differ_are_named_with_both_shapes(student: Any, teacher: A
 
 def test_equal_outputs_match_across_containers() -> None:
     require_match(named_tensors({"logits": A}), named_tensors(Answer(A)))
+
+
+def test_of_a_single_output_the_name_does_not_matter() -> None:
+    assert matched(named_tensors(A), named_tensors({"logits": A})) == {"output": A}
+    with pytest.raises(TrainingError, match=r"output: \(2, 5\) and \(2, 3\)"):
+        matched(named_tensors(A), named_tensors({"logits": B}))
+    with pytest.raises(TrainingError, match="output 0: none and"):
+        matched(named_tensors((A, B)), named_tensors({"logits": A}))
 
 
 @pytest.mark.parametrize(

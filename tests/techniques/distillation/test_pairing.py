@@ -141,10 +141,11 @@ def test_models_as_users_write_them_learn_features(name: str) -> None:
     model, x = architectures.make(name)
     graph = trace(model, (x,))
     task = Task(model=model, train=None, validation=None, loss=lambda o, t: o.sum() * 0, metric=lambda o, t: 0.0)
-    losses = parse_losses("soft=1+features=1+attention=1+task=0")
     for plan, near in ((Plan(), True), (some(graph, 2), False)):
-        student = apply_plan(model, graph, plan).eval()
-        wanted = Distillation(task, model, losses, pair_layers(graph, plan, model))
+        student, pairs = apply_plan(model, graph, plan).eval(), pair_layers(graph, plan, model)
+        has_positions = any(len(graph.layer[pair.teacher].input_shape) > 2 for pair in pairs)
+        losses = parse_losses("soft=1+features=1+task=0" + ("+attention=1" if has_positions else ""))
+        wanted = Distillation(task, model, losses, pairs)
         loss = wanted(student, ((x,), torch.zeros(len(x))))
         loss.total.backward()
         assert all(float(part) == pytest.approx(0, abs=1e-5) for part in loss.parts.values()) is near

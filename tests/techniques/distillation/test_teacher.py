@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -6,7 +8,7 @@ from automl_compress.search.evaluation.identity import digest_of
 from automl_compress.techniques.distillation.cache import AnswerCache
 from automl_compress.techniques.distillation.losses import Losses
 from automl_compress.techniques.distillation.objective import Distillation
-from automl_compress.techniques.distillation.teacher import Teacher, worth_of_views
+from automl_compress.techniques.distillation.teacher import Teacher, worth_of_teaching
 
 IMAGES = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -75,11 +77,24 @@ def test_what_views_are_worth_is_told_and_views_that_mean_something_else_are_war
 
     network = Sided().eval()
     right = network(IMAGES).argmax(1)
-    told = worth_of_views(task(network, views=[mirrored], targets=right))
-    assert told.startswith("warning: over the task's views the teacher's accuracy on 6 validation samples is 0.")
-    assert "without them 1.0000" in told
-    assert not worth_of_views(task(network))
-    assert worth_of_views(task(network, views=[upside_down], targets=right)).endswith("1.0000, without them 1.0000")
+    told = worth_of_teaching(task(network, views=[mirrored], targets=right))
+    assert told.startswith("warning: students learn from what is worse; accuracy on 6 validation samples: ")
+    assert "the model 1.0000, over its views 0." in told
+    assert not worth_of_teaching(task(network))
+    told = worth_of_teaching(task(network, views=[upside_down], targets=right))
+    assert told == "accuracy on 6 validation samples: the model 1.0000, over its views 1.0000"
+
+
+def test_a_teacher_that_is_worse_than_the_model_is_warned_about():
+    class Reversed(nn.Module):
+        def forward(self, images):
+            return {"logits": -network(images)}
+
+    network = model()
+    right = task(network, targets=network(IMAGES).argmax(1))
+    told = worth_of_teaching(replace(right, teacher=Reversed(), views=[lambda images: images]))
+    assert told.startswith("warning: students learn from what is worse")
+    assert told.endswith("the model 1.0000, the teacher 0.0000, over its views 0.0000")
 
 
 def test_other_views_make_another_task():
