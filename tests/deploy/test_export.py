@@ -133,6 +133,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def residual() -> Case:
+    torch.manual_seed(0)  # one in six has a dead end, on which any cut looks right
     return Case(Residual(), (3, 16, 16))
 
 

@@ -67,7 +67,7 @@ def test_a_teacher_of_the_tasks_own_is_learned_from(tmp_path: Path) -> None:
     task, plan = replace(tiny.task(), teacher=Stubborn()), Plan(sparsity={"down": 0.5})
     task.validation[1][:] = 0  # what it says is right here
     assert recover(task, plan, epochs=20, distillation="soft=1+task=0", output=tmp_path / "a").metric > 0.9
-    with pytest.raises(RunFolderError, match="its task is"):
+    with pytest.raises(RunFolderError, match="its model"):
         recover(replace(task, teacher=None), plan, epochs=20, output=tmp_path / "a")
 
 
