@@ -122,7 +122,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
     from automl_compress.search.sampling.budget_sampler import BudgetSampler
     from automl_compress.search.table import forecast
     from automl_compress.search.table.sensitivity import measure_joint, measure_sensitivity
-    from automl_compress.techniques.distillation.teacher import worth_of_views
+    from automl_compress.techniques.distillation.teacher import worth_of_teaching
 
     spent: dict[str, float] = defaultdict(float)
     clock = _Exclusive(spent)
@@ -132,7 +132,7 @@ def share(*, trials: int, epochs: float) -> dict[str, Any]:
             [
                 (Workbench, "one_shot", clock.wrap("evaluate", Workbench.one_shot)),
                 (Workbench, "metric", clock.wrap("evaluate", Workbench.metric)),
-                (opening, "worth_of_views", clock.wrap("evaluate", worth_of_views)),
+                (opening, "worth_of_teaching", clock.wrap("evaluate", worth_of_teaching)),
                 (learning, "measure_sensitivity", clock.wrap("evaluate", measure_sensitivity)),
                 (learning, "measure_joint", clock.wrap("evaluate", measure_joint)),
                 (Recovery, "recover", clock.wrap("train", Recovery.recover)),
