@@ -101,9 +101,16 @@ FAILURES = (CompressError, RuntimeError, MemoryError)
 def ends_all(failure: Exception) -> bool:
     """Whether no other plan would do better: the run was stopped, or something is to be mended first. What a user's
     own functions raise they may raise on one model alone."""
-    if not isinstance(failure, CompressError) or isinstance(failure, TaskError):
+    if not isinstance(failure, CompressError) or isinstance(failure, (TaskError, PlanError)):
         return False
     return failure.exit_code != CompressError.exit_code or isinstance(failure, StorageError)
+
+
+def passed_over(failure: Exception) -> str:
+    """The line that says why one plan failed. Raises `failure` again where others wouldn't do better."""
+    if ends_all(failure):
+        raise failure
+    return first_line(failure)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

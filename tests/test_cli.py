@@ -255,11 +255,22 @@ def test_exit_codes(outcome: Any, code: int, capsys: pytest.CaptureFixture[str])
     assert "Traceback" not in captured.err
 
 
-def test_an_option_that_is_given_twice_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("more", "name"), [(["--latency=50%"], "--latency"), (["-o", "a", "--output", "b"], "--output")]
+)
+def test_an_option_that_is_given_twice_is_refused(
+    more: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     api = FakeApi()
-    assert main([*SEARCH, "--latency=50%"], api=api) == 2
-    assert capsys.readouterr().err == "error: --latency is given twice: which of them holds? give it once\n"
+    assert main([*SEARCH, *more], api=api) == 2
+    assert capsys.readouterr().err == f"error: {name} is given twice: which of them holds? give it once\n"
     assert not api.calls
+
+
+def test_an_option_for_several_values_may_be_given_twice() -> None:
+    api = FakeApi()
+    main([*SEARCH, "--profile", "a", "--profile", "b"], api=api)
+    assert api.calls
 
 
 def test_infeasible_says_why(capsys: pytest.CaptureFixture[str]) -> None:

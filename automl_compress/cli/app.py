@@ -10,8 +10,8 @@ interrupted.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -29,8 +29,6 @@ GROUPS: tuple[tuple[str | None, typer.Typer], ...] = (
     (None, recover.commands),
     ("devices", devices.commands),
 )
-
-_SEVERAL = ("--profile",)
 
 app = typer.Typer(
     name=PROG,
@@ -69,12 +67,26 @@ _command = typer.main.get_command(app)
 
 def main(argv: Sequence[str] | None = None, *, api: Any = None) -> int:
     """Run one command line and return its exit code. `api` stands in for `automl_compress.api` (tests)."""
-    given = Counter(word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv))
-    twice = [word for word, n in given.items() if n > 1 and word.startswith("--") and word not in _SEVERAL]
-    if twice:
-        return fail(f"{twice[0]} is given twice: which of them holds? give it once", InputError.exit_code)
+    twice = _given_twice(sys.argv[1:] if argv is None else argv)
+    if twice is not None:
+        return fail(f"{twice} is given twice: which of them holds? give it once", InputError.exit_code)
     try:
         action = _command.main(args=None if argv is None else list(argv), prog_name=PROG, standalone_mode=False)
     except typer.TyperException as error:
         return fail(f"{' '.join(error.format_message().split())} (see {PROG} --help)", error.exit_code)
     return guarded(action, api) if isinstance(action, Action) else int(action or 0)
+
+
+def _given_twice(argv: Sequence[str]) -> str | None:
+    """The first option, by its longest spelling, that stands there more than once and takes one value."""
+    command: Any = _command
+    given: set[str] = set()
+    for word in takewhile(lambda word: word != "--", argv):
+        command = getattr(command, "commands", {}).get(word, command)
+        for option in command.params:
+            if word.partition("=")[0] not in option.opts or getattr(option, "multiple", False):
+                continue
+            if option.name in given:
+                return str(max(option.opts, key=len))
+            given.add(option.name)
+    return None

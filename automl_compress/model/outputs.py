@@ -74,7 +74,10 @@ def checked_forward(model: nn.Module, inputs: tuple[Tensor, ...], what: str, *, 
     finally:
         model.train(training)
     if not all(bool(part.isfinite().all()) for part in tree_leaves(outputs) if isinstance(part, Tensor)):
-        raise TaskError(f"task: {who} answers {what} {shapes} with NaN or infinity; check its weights and the data")
+        raise TaskError(
+            f"task: {who} answers {what} {shapes} with NaN or infinity; check its weights and the data (a mask takes a "
+            "large finite number, such as -1e4)"
+        )
     return outputs
 
 

@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 
 from automl_compress.core.plan import Plan
 from automl_compress.core.result import Figures
-from automl_compress.errors import FAILURES, InputError, did_you_mean, ends_all, first_line
+from automl_compress.errors import FAILURES, InputError, did_you_mean, passed_over
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.evaluation.lines import append_line, read_lines
@@ -145,9 +145,7 @@ def compare(
         try:
             candidates[rival.name] = recover(rival.plan, may_train and worth)
         except FAILURES as failure:
-            if ends_all(failure):
-                raise
-            failed[rival.name] = first_line(failure)
+            failed[rival.name] = passed_over(failure)
             continue
         if may_train and worth:
             distilled.add(rival.name)
@@ -234,8 +232,7 @@ class _Evaluations:
             try:
                 self._known[key] = self._campaign.evaluate(plan)
             except FAILURES as failure:
-                if ends_all(failure):
-                    raise
+                passed_over(failure)
                 return None
             append_line(self._file, {"plan": key, "metric": self._known[key]})
         return self._known[key]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from automl_compress.core.plan import Plan
-from automl_compress.errors import FAILURES, ends_all, first_line
+from automl_compress.errors import FAILURES, passed_over
 from automl_compress.search.campaign.baselines import Baselines, compare
 from automl_compress.search.campaign.campaign import Campaign
 from automl_compress.search.campaign.settings import Settings
@@ -103,9 +103,7 @@ class Climber:
             try:
                 found[name] = self.recover(campaign, plan, FULL, allotment.baseline_epochs)
             except FAILURES as failure:
-                if ends_all(failure):
-                    raise
-                campaign.progress.note(f"the baseline {name} failed: {first_line(failure)}")
+                campaign.progress.note(f"the baseline {name} failed: {passed_over(failure)}")
         return found
 
     def compare(self, campaign: Campaign, allotment: Allotment) -> Baselines:

@@ -17,7 +17,7 @@ from torch import nn
 
 from automl_compress.core.budget import Cost
 from automl_compress.core.plan import FULL_BITS, Plan
-from automl_compress.errors import FAILURES, ends_all, first_line
+from automl_compress.errors import FAILURES, passed_over
 from automl_compress.hardware.device.timer import ratio
 from automl_compress.model.surgery import copy_model
 from automl_compress.model.task import Task
@@ -84,9 +84,7 @@ class Contenders:
         try:
             return train()
         except FAILURES as error:
-            if ends_all(error):
-                raise
-            self._tell(f"student {name} failed, and doesn't compete: {first_line(error)}")
+            self._tell(f"student {name} failed, and doesn't compete: {passed_over(error)}")
             return None
 
     def reject(self, candidate: Candidate) -> None:

@@ -53,7 +53,7 @@ def finalists(campaign: Campaign, trials: int, exploring: float | None = None, *
             break  # nothing was learned by which more trials would find more
     counts = campaign.trial_counts()
     if counts["failed"] and not counts["complete"]:
-        raise TrainingError(f"no trial came to an end: {'; '.join(failures(campaign))}")
+        raise TrainingError(f"no plan within the budget could be evaluated: {'; '.join(failures(campaign))}")
     if not counts["complete"]:
         raise campaign.infeasible(
             f"none of {sum(counts.values())} plans that were tried is predicted to meet the budget"

@@ -16,7 +16,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from automl_compress.core.plan import Plan
-from automl_compress.errors import FAILURES, TaskError, TrainingError, ends_all, first_line
+from automl_compress.errors import FAILURES, TaskError, TrainingError, first_line, passed_over
 from automl_compress.search.campaign.timing import Rung
 from automl_compress.search.evaluation.candidate import Candidate
 from automl_compress.search.sampling.storage import INTERRUPTED
@@ -88,10 +88,8 @@ def halve(
             try:
                 candidate = train(plan, index)
             except FAILURES as failure:
-                if ends_all(failure):
-                    raise
+                trial.set_user_attr("reason", passed_over(failure))
                 error = failure
-                trial.set_user_attr("reason", first_line(failure))
                 study.tell(trial, state=TrialState.FAIL)
                 continue
             trial.report(candidate.metric, index)

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from automl_compress.core.budget import METRICS, Budget, Cost
 from automl_compress.core.plan import Plan
-from automl_compress.errors import FAILURES, CompressError, Interrupted, PlanError, TrainingError, first_line
+from automl_compress.errors import FAILURES, CompressError, Interrupted, PlanError, TrainingError, ends_all, first_line
 from automl_compress.search.sampling.sampler import trial_plan
 from automl_compress.search.sampling.storage import (
     INTERRUPTED,
@@ -129,6 +129,7 @@ def run_trials(
 
 def _one_trial(study: Study, objective: Objective) -> FrozenTrial:
     numbers: list[int] = []
+    fatal: list[Exception] = []
 
     def run(trial: optuna.Trial) -> Sequence[float]:
         numbers.append(trial.number)
@@ -140,6 +141,9 @@ def _one_trial(study: Study, objective: Objective) -> FrozenTrial:
             raise
         except FAILURES as error:
             trial.set_user_attr("reason", first_line(error))
+            if ends_all(error):
+                trial.set_user_attr(INTERRUPTED, True)
+                fatal.append(error)
             raise
 
     try:
@@ -153,6 +157,9 @@ def _one_trial(study: Study, objective: Objective) -> FrozenTrial:
         # SQLite locks no rows: two workers may get one waiting trial, and the other one has told its end by now.
         if not numbers or not _trial(study, numbers[0]).state.is_finished():
             raise
+    if fatal:
+        requeue(study, _trial(study, numbers[0]))
+        raise fatal[0]
     return _trial(study, numbers[0])
 
 

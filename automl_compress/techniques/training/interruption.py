@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from automl_compress.errors import StorageError
+
 
 @contextmanager
 def between_steps() -> Iterator[Callable[[], bool]]:
     """Within, the first interruption is only noted, and the function that is handed out tells of it; the second raises
-    at once. Raises KeyboardInterrupt at the end where there was one.
+    at once. Raises KeyboardInterrupt at the end where there was one, unless the state can't be written (StorageError).
 
     Meant are the signals that would raise KeyboardInterrupt: Ctrl-C, and SIGTERM on the command line. Handlers of the
     caller's own stay, and so does everything in other threads, which get no signals.
@@ -32,12 +34,14 @@ def between_steps() -> Iterator[Callable[[], bool]]:
         signal.signal(number, note)
     try:
         yield lambda: asked
+    except StorageError:
+        raise
     except Exception as error:
         if asked:  # Ctrl-C reaches a loader's workers, too, without which the step can't be finished
             raise KeyboardInterrupt from error
         raise
     finally:
-        raise_from_now_on()
+        raise_from_now_on()  # as before: no other handler was deferred
     if asked:
         raise KeyboardInterrupt
 

@@ -162,6 +162,16 @@ def test_a_trial_that_fails_is_recorded_with_its_reason(tmp_path: Path, error: E
     assert study.trials[1].user_attrs["reason"] == (str(error) or "MemoryError")
 
 
+def test_what_no_other_plan_would_do_better_ends_the_run_and_keeps_the_trial(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    with pytest.raises(RunFolderError, match="gone"):
+        run_trials(study, objective(Evaluations(raises(RunFolderError("gone"), lambda n: n == 3))), 5)
+    counts = trial_counts(study)
+    assert (counts["complete"], counts["failed"], counts["waiting"]) == (2, 0, 1)
+    run_trials(opened(tmp_path), objective(), 5)
+    assert trial_counts(study)["complete"] == 5
+
+
 def test_a_metric_that_is_not_a_number_fails_the_trial(tmp_path: Path) -> None:
     study = opened(tmp_path)
     run_trials(study, objective(Evaluations(lambda n: float("nan") if n == 1 else None)), 3)

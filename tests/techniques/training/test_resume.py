@@ -147,17 +147,19 @@ def test_an_interruption_loses_no_step_and_a_second_one_ends_at_once(number: sig
 
 
 def test_what_fails_in_a_step_after_an_interruption_is_the_interruption() -> None:
-    def step(*, interrupted: bool) -> None:
+    def step(error: Exception, *, interrupted: bool) -> None:
         with between_steps() as stopped:
             if interrupted:
                 signal.raise_signal(signal.SIGINT)
             assert stopped() == interrupted
-            raise TrainingError("a worker is gone")
+            raise error
 
     with pytest.raises(KeyboardInterrupt):
-        step(interrupted=True)
+        step(TrainingError("a worker is gone"), interrupted=True)
     with pytest.raises(TrainingError):
-        step(interrupted=False)
+        step(TrainingError("a worker is gone"), interrupted=False)
+    with pytest.raises(StorageError):  # otherwise the user is told that the training can be resumed
+        step(StorageError("the disk is full"), interrupted=True)
 
 
 def test_what_diverged_and_masks_that_change_are_resumed_too(tmp_path: Path) -> None:
