@@ -11,15 +11,16 @@ from automl_compress.errors import StorageError
 
 
 @contextmanager
-def between_steps() -> Iterator[Callable[[], bool]]:
+def between_steps(*, defer: bool = True) -> Iterator[Callable[[], bool]]:
     """Within, the first interruption is only noted, and the function that is handed out tells of it; the second raises
     at once. Raises KeyboardInterrupt at the end where there was one, unless the state can't be written (StorageError).
 
     Meant are the signals that would raise KeyboardInterrupt: Ctrl-C, and SIGTERM on the command line. Handlers of the
-    caller's own stay, and so does everything in other threads, which get no signals.
+    caller's own stay, and so does everything in other threads, which get no signals. Without `defer` nothing changes:
+    processes that train together may get the signal in different steps, and would wait for each other.
     """
     asked = False
-    deferred = [number for number in (signal.SIGINT, signal.SIGTERM) if _raises(number)]
+    deferred = [number for number in (signal.SIGINT, signal.SIGTERM) if defer and _raises(number)]
 
     def raise_from_now_on() -> None:
         for number in deferred:

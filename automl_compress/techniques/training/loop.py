@@ -131,7 +131,7 @@ class _Run:
         self.begun = self.written = self.clock()
         path = self.resources.checkpoint
         self.identity = self._identity() if path else {}
-        with between_steps() as stopped, randomness.seeded(self.seed, self.generators):
+        with between_steps(defer=self.processes.count == 1) as stopped, randomness.seeded(self.seed, self.generators):
             self.student.train()
             self.good = self.trained.copy()
             if self.memory is not None:

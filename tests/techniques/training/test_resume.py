@@ -162,6 +162,17 @@ def test_what_fails_in_a_step_after_an_interruption_is_the_interruption() -> Non
         step(StorageError("the disk is full"), interrupted=True)
 
 
+def test_where_processes_train_together_an_interruption_ends_the_step() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with between_steps(defer=False):
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with between_steps():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_what_diverged_and_masks_that_change_are_resumed_too(tmp_path: Path) -> None:
     def spoilt() -> Any:
         return [(torch.full_like(X, float("nan")) if i == 3 else X, Y) for i in range(6)]
