@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def proposals(folder: Path) -> list[tuple[dict[str, Any], str, list[float] | None]]:
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
-    (summary,) = optuna.get_all_study_summaries(storage)
-    trials = optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
+    trials = optuna.load_study(study_name="one-shot", storage=storage).get_trials()
     return [(trial.params, trial.state.name, trial.values) for trial in trials]
 
 
