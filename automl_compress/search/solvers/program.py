@@ -29,7 +29,7 @@ from automl_compress.errors import CompressError
 from automl_compress.search.solvers.rows import Rows, Side, Vector, thinned
 from automl_compress.search.space.offers import Option
 from automl_compress.search.space.space import SearchSpace
-from automl_compress.search.table.losses import additive_loss
+from automl_compress.search.table.losses import estimated_loss
 from automl_compress.search.table.table import (
     ADDITIVE,
     AdditiveTable,
@@ -133,8 +133,7 @@ class Decoder:
             cost = self.table.plan_cost(self.graph, plan)
             over = {m: cost.of(m) / wanted[m] for m in wanted if cost.of(m) > wanted[m]}
             if not over:
-                loss = additive_loss(self.space, plan, quality)
-                loss += self.table.joint_loss(self.graph, plan, quality)
+                loss = estimated_loss(self.space, self.table, plan, quality)
                 return Solution(plan=plan, loss=loss, cost=cost, gap=float(result.mip_gap or 0.0))
             aims.update({m: aims[m] / ratio * (1 - 1e-6) for m, ratio in over.items()})
         return None

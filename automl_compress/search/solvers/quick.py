@@ -17,6 +17,7 @@ from automl_compress.search.solvers.lagrange import Descent
 from automl_compress.search.solvers.moves import Neighbours
 from automl_compress.search.space.space import SearchSpace
 from automl_compress.search.table.arrays import TableArrays
+from automl_compress.search.table.losses import estimated_loss
 from automl_compress.search.table.states import Floats, States
 from automl_compress.search.table.table import ADDITIVE, AdditiveTable, QualityKey, Solution
 
@@ -54,8 +55,9 @@ class QuickDecoder:
             cost = self.arrays.table.plan_cost(self.arrays.graph, plan)
             ratios = np.array([cost.of(m) for m in ADDITIVE]) / wanted
             if (ratios <= 1 + 1e-9).all():
-                loss, _ = self.arrays.total(found, self.arrays.losses_of(values[None]))
-                return Solution(plan=plan, loss=float(loss[0]), cost=cost, gap=float("inf"))
+                # With the loss by the student's width, which the arrays of one width don't have.
+                loss = estimated_loss(self.arrays.space, self.arrays.table, plan, quality)
+                return Solution(plan=plan, loss=loss, cost=cost, gap=float("inf"))
             aims = np.where(ratios > 1, aims / ratios * (1 - 1e-6), aims)
         return None
 

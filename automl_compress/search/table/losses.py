@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from automl_compress.core.plan import Plan
 from automl_compress.search.space.space import SearchSpace
-from automl_compress.search.table.table import QualityKey, nearest_option
+from automl_compress.search.table.table import AdditiveTable, QualityKey, nearest_option
 
 
 def options_in_force(space: SearchSpace, plan: Plan) -> tuple[QualityKey, ...]:
@@ -31,6 +31,11 @@ def options_in_force(space: SearchSpace, plan: Plan) -> tuple[QualityKey, ...]:
 def additive_loss(space: SearchSpace, plan: Plan, quality: Mapping[QualityKey, float]) -> float:
     """The sum of the losses of the options in force."""
     return sum(quality.get(key, 0.0) for key in options_in_force(space, plan))
+
+
+def estimated_loss(space: SearchSpace, table: AdditiveTable, plan: Plan, quality: Mapping[QualityKey, float]) -> float:
+    """The same, with what bits lose more or less at the plan's widths: what solvers of the table minimise."""
+    return additive_loss(space, plan, quality) + table.joint_loss(space.graph, plan, quality)
 
 
 def sparsity_everywhere(space: SearchSpace) -> bool:

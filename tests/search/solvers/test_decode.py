@@ -15,6 +15,7 @@ from automl_compress.search.solvers.decode import (
     cheapest,
     options_in_force,
     solve,
+    solve_quickly,
 )
 from automl_compress.search.solvers.listing import cheapest_first
 from automl_compress.search.space.rules import SpaceFile
@@ -122,6 +123,20 @@ def test_a_width_is_chosen_where_no_sparsity_is_offered() -> None:
     assert found is not None
     assert found.width < 1
     assert ("width", found.width) in options_in_force(space, found)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 1.0])
+def test_what_a_width_loses_counts_where_no_sparsity_is_offered(share: float) -> None:
+    graph = residual()
+    rules = [{"match": {"kind": "block"}, "drop": True}]
+    space = resolve(SpaceFile.model_validate({"name": "w", "width": [1.0, 0.5, 0.25], "rules": rules}), graph, NATIVE)
+    table = table_for(space, graph)
+    limits = {"latency": table.plan_cost(graph, Plan()).latency_us * share}
+    plans = [plan for w in (1.0, 0.5, 0.25) for plan in every_plan(space, w) if within(table, graph, plan, limits)]
+    least = min(additive_loss(space, plan, table.quality) for plan in plans)
+    for found in (solve(space, graph, table, limits), solve_quickly(space, graph, table, limits)):
+        assert found is not None
+        assert additive_loss(space, found, table.quality) == pytest.approx(least)
 
 
 def test_the_cheapest_plan_is_the_cheapest_of_all() -> None:
