@@ -77,6 +77,8 @@ class Template:
         bypasses = find_bypasses(self._skeleton.graph, repeated)
         normalise(self._skeleton, graph)
         self._numbers = find_numbers(self._skeleton.graph, modules, graph)
+        numbered = [cells for constant in self._numbers for cells in constant.cells]
+        self._counted = {name for cells in numbered for _, names in cells for name in names}
         pairs = batch_norm_pairs(distinct, program)
         names = {tensor.name for tensor in self._skeleton.graph.initializer}
         self._pairs = tuple(pair for pair in pairs if pair.folded(names))
@@ -92,10 +94,11 @@ class Template:
     def fill(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
         """The ONNX model of `model`, which is the original after the plan's channels and blocks were removed.
 
-        Checked against PyTorch where the plan touches a group or block that no checked plan has touched before; if it
-        differs, the model is exported by itself. Raises ExportError if that fails as well.
+        Checked against PyTorch where the plan touches a group or block that no checked plan has touched before, or
+        leaves a new number of a group's channels that numbers in the graph follow; if it differs, the model is
+        exported by itself. Raises ExportError if that fails as well.
         """
-        touched = _touched(self.graph, plan)
+        touched = self._touched(plan)
         if not self.usable or not plan.drop <= self._shortcuts.keys():
             return self._export_alone(model)
         try:
@@ -135,6 +138,14 @@ class Template:
                 if attribute.name == "group" and isinstance(groups, int):
                     attribute.i = groups
         return result
+
+    def _touched(self, plan: Plan) -> set[str]:
+        """What a plan changes in the structure: its reduced groups, with their channels where these are written into
+        the graph, and removed blocks."""
+        kept = {group.name: plan.kept_count(group.name, group.size) for group in self.graph.groups}
+        reduced = {name: count for name, count in kept.items() if count < self.graph.group[name].size}
+        groups = {f"group {name}" + f" {count}" * (name in self._counted) for name, count in reduced.items()}
+        return groups | {f"block {name}" for name in plan.drop}
 
     def _agrees(self, distinct: nn.Module, model: nn.Module) -> bool:
         """Whether the graph holds no value that was computed from parameters: two sets of weights, both right."""
@@ -293,9 +304,3 @@ def _inserted_ones(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int
         else:
             return None
     return tuple(ones) if position == len(before) else None
-
-
-def _touched(graph: Graph, plan: Plan) -> set[str]:
-    """What a plan changes in the structure: its reduced groups and removed blocks."""
-    reduced = {f"group {g.name}" for g in graph.groups if plan.kept_count(g.name, g.size) < g.size}
-    return reduced | {f"block {name}" for name in plan.drop}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from onnx import numpy_helper
 
 from automl_compress.core.graph import Cells, Graph, Numbers
 from automl_compress.deploy.normalise import module_scope, shape_constant
+from automl_compress.model.trace import TRACE_BATCH
 from automl_compress.techniques.onnx_graph import GraphView
 
 _INPUTS = {
@@ -63,6 +65,9 @@ def find_numbers(onnx_graph: onnx.GraphProto, modules: Mapping[str, str], graph:
     result = []
     for (module, kind, values), nodes in found.items():
         calls = _matching(graph, module, kind, values)
+        if -1 in values:
+            # It stands for what grows with the batch, so the numbers that are written out don't.
+            calls = [call for call in calls if not _grows(graph, values, call)] or calls
         # Calls that look alike may count different channels, as those of keys and of values: then their order tells.
         # The last ones may be of operators that the exporter writes without numbers.
         ordered = calls[: len(nodes)] if len(calls) >= len(nodes) else calls[:1] * len(nodes)
@@ -92,6 +97,15 @@ def _matching(graph: Graph, module: str, kind: str, values: Sequence[int]) -> li
         elif numbers.kind == "groups" and kind == "shape" and tuple(values) == (0, numbers.values[0], -1):
             calls.append(((), numbers.cells[0], ()))
     return calls
+
+
+def _grows(graph: Graph, values: Sequence[int], call: tuple[Cells, ...]) -> bool:
+    """Whether a number that is written out seems to count channels once for each sample of the traced batch."""
+    for value, cells in zip(values, call, strict=True):
+        repeats = [count // prod(graph.group[name].size for name in names) for count, names in cells if names]
+        if value > 0 and repeats and all(n > 1 and n % TRACE_BATCH == 0 for n in repeats):
+            return True
+    return False
 
 
 def _same(kind: str, values: Sequence[int], known: Numbers) -> bool:

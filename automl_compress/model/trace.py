@@ -28,7 +28,7 @@ from automl_compress.model.reference import Reference
 from automl_compress.model.surgery import copy_model, stored_tensors
 from automl_compress.model.walk import LayerUse, Walk
 
-_TRACE_BATCH = 2
+TRACE_BATCH = 2
 _TELLING_SPREAD = 1e-2
 
 
@@ -85,7 +85,7 @@ def analyse(model: nn.Module, example_inputs: Sequence[Tensor]) -> Analysis:
     """`trace`, with what its checks compare against."""
     model = copy_model(model).cpu().float().eval()
     make_telling(model)
-    inputs = sample(example_inputs, _TRACE_BATCH)
+    inputs = sample(example_inputs, TRACE_BATCH)
     program = exported(model, inputs)
     equal: set[type] = set()
     alike: set[type] = set()

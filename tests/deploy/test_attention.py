@@ -65,3 +65,38 @@ def test_repeated_encoder_layers_are_cut_and_removed_in_the_template(monkeypatch
         plan = select_channels(graph, plan, Ranking(Evidence(model, graph), l2))
         smaller = apply_plan(model, graph, plan)
         check_float(template.fill(smaller, plan), smaller, (torch.randn(3, 8, 4),))
+
+
+def test_any_number_of_heads_is_filled_in_where_the_sequence_is_as_long_as_a_head_is_wide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 16, dropout=0.0, batch_first=True)
+    model, inputs = nn.Sequential(nn.Linear(4, 32), layer, nn.Linear(32, 3)).eval(), (torch.randn(2, 8, 4),)
+    graph = trace(model, inputs)
+    heads = next(group.name for group in graph.groups if group.size == 4)
+    template = Template(model, inputs, graph)
+    ranking = Ranking(Evidence(model, graph), l2)
+
+    def cut(kept: int) -> tuple[nn.Module, Plan]:
+        plan = select_channels(graph, Plan(sparsity={heads: 1 - kept / 4}), ranking)
+        return apply_plan(model, graph, plan), plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(template, "_export_alone", lambda model: pytest.fail("a plan was exported by itself"))
+        for smaller, plan in map(cut, (1, 3, 2)):
+            check_float(template.fill(smaller, plan), smaller, (torch.randn(3, 8, 4),))
+
+
+def test_a_template_that_fits_one_number_of_channels_is_checked_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, inputs = Attention().eval(), (torch.randn(2, 6, 32),)
+    graph = trace(model, inputs)
+    template = Template(model, inputs, graph)
+    checked: list[Plan] = []
+    monkeypatch.setattr(template, "_check", lambda filled, model: checked.append(plan))
+    group = graph.groups[0]
+    for left in (0.5, 0.5, 0.75):
+        plan = select_channels(graph, Plan(sparsity={group.name: 1 - left}), Ranking(Evidence(model, graph), l2))
+        template.fill(apply_plan(model, graph, plan), plan)
+    assert len(checked) == 2
