@@ -54,6 +54,10 @@ class Plan:
             return len(self.kept[group])
         return max(1, round(size * self.width * (1.0 - self.sparsity.get(group, 0.0))))
 
+    def kept_counts(self, graph: Graph) -> dict[str, int]:
+        """Group name -> how many of its channels stay, for every group."""
+        return {group.name: self.kept_count(group.name, group.size) for group in graph.groups}
+
     def layer_bits(self, layer: str) -> int:
         return self.bits.get(layer, FULL_BITS)
 

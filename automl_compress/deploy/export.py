@@ -121,8 +121,7 @@ class Template:
     def _filled(self, model: nn.Module, plan: Plan) -> onnx.ModelProto:
         result = onnx.ModelProto()
         result.CopyFrom(self._skeleton)
-        kept = {group.name: plan.kept_count(group.name, group.size) for group in self.graph.groups}
-        fill_numbers(result.graph, self._numbers, self.graph, kept)
+        fill_numbers(result.graph, self._numbers, self.graph, plan.kept_counts(self.graph))
         self.drop_blocks(result.graph, plan.drop)
         values = _tensors(model, self._pairs)
         for tensor in result.graph.initializer:
@@ -142,7 +141,7 @@ class Template:
     def _touched(self, plan: Plan) -> set[str]:
         """What a plan changes in the structure: its reduced groups, with their channels where these are written into
         the graph, and removed blocks."""
-        kept = {group.name: plan.kept_count(group.name, group.size) for group in self.graph.groups}
+        kept = plan.kept_counts(self.graph)
         reduced = {name: count for name, count in kept.items() if count < self.graph.group[name].size}
         groups = {f"group {name}" + f" {count}" * (name in self._counted) for name, count in reduced.items()}
         return groups | {f"block {name}" for name in plan.drop}

@@ -189,21 +189,18 @@ class Trial:
         if not groups:
             return None
         kept = {group.name: frozenset(pattern(self._number[group.name], group.size)) for group in groups}
-        running = ""
+        running: list[str] = []
         try:
             small = cut(self.model, self._with(groups), kept=kept)
-            with torch.no_grad(), _watched(small) as running_modules:
-                try:
-                    outputs = small(*self.inputs)
-                except Exception:
-                    running = running_modules[-1] if running_modules else ""
-                    raise
+            with torch.no_grad(), _watched(small) as running:
+                outputs = small(*self.inputs)
         except (MemoryError, torch.OutOfMemoryError):  # says nothing of the cut
             raise
         except Exception as error:  # whatever the user's forward raises on smaller tensors means the same: not this cut
             reason = raised(error)[:160]
-            _log.debug("%d groups: %s in %r", len(groups), reason, running)
-            return Failure(reason=reason, module=self._to_blame(running))
+            innermost = running[-1] if running else ""
+            _log.debug("%d groups: %s in %r", len(groups), reason, innermost)
+            return Failure(reason=reason, module=self._to_blame(innermost))
         return self._differs(outputs, groups, kept)
 
     def _to_blame(self, module: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,8 @@ def interrupted(campaign: Campaign, settings: Settings) -> Result:
 
 def write(campaign: Campaign, settings: Settings, result: Result) -> Result:
     """result.json and report.html; the JSON last, since its presence says that a run is finished."""
-    try:
+    with _writing():
         write_report(result, trial_rows(campaign), campaign.folder.path, commands=[reproduce(campaign, settings)])
-    except OSError as error:
-        raise StorageError(
-            f"{error.filename}: can't be written ({error.strerror}); free some space and run again"
-        ) from error
     campaign.folder.write_json("result.json", result.to_json())
     return result
 
@@ -124,8 +121,15 @@ def write(campaign: Campaign, settings: Settings, result: Result) -> Result:
 def write_devices(folder: Path, results: Mapping[str, Result]) -> None:
     """devices.json and report.html over several devices, whose runs are the subfolders of their names."""
     data = {name: result.to_json() for name, result in results.items()}
-    try:
+    with _writing():
         write_overview(folder, data)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Raises StorageError where a page can't be written."""
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"{error.filename}: can't be written ({error.strerror}); free some space and run again"

@@ -25,7 +25,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -36,7 +35,7 @@ from automl_compress.core.plan import Plan
 from automl_compress.search.sampling.fitting import Fitting, Predict
 from automl_compress.search.sampling.proposals import Aim, Proposals
 from automl_compress.search.sampling.surrogate import Options, Surrogate
-from automl_compress.search.sampling.trials import BASE, Known, Pricing, known_trials, log_ratios, seed_of
+from automl_compress.search.sampling.trials import BASE, Known, Pricing, drawn_alone, known_trials, log_ratios
 from automl_compress.search.solvers.columns import Columns
 from automl_compress.search.solvers.program import Decoder
 from automl_compress.search.space.space import SearchSpace
@@ -130,8 +129,7 @@ class BudgetSampler(BaseSampler):
         self._raise_error_if_multi_objective(study)
         if param_name in self._space.decision:
             return self._space.decision[param_name].neutral
-        seed = seed_of(self._seed, trial, len(trial.params))
-        return optuna.samplers.RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
+        return drawn_alone(self._seed, study, trial, param_name, param_distribution)
 
     @cached_property
     def _proposals(self) -> list[Proposals]:

@@ -4,7 +4,8 @@
 trial is about, so that every trial is evaluated. *Penalised*: the proposal stands, and the constraints that every trial
 sets tell the sampler by how much it missed; such a trial isn't evaluated.
 
-All of them draw by the seed and the trial's number, so a resumed search or another worker never repeats what was drawn.
+All of them draw by the seed and a trial's number (CMA-ES by that of the trial that it starts at), so a resumed search
+or another worker doesn't repeat what was drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from automl_compress.core.budget import Budget
 from automl_compress.errors import InputError, did_you_mean
 from automl_compress.search.sampling.budget_sampler import BudgetSampler
 from automl_compress.search.sampling.fitting import Fitting, Predict
-from automl_compress.search.sampling.trials import seed_of, trial_plan
+from automl_compress.search.sampling.trials import drawn_alone, seed_of, trial_plan
 from automl_compress.search.solvers.decode import Decoder
 from automl_compress.search.space.offers import Option
 from automl_compress.search.space.space import SearchSpace
@@ -178,10 +179,7 @@ class OrdinalSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         self._raise_error_if_multi_objective(study)
-        drawn = seed_of(self._seed, trial, len(trial.params))
-        return optuna.samplers.RandomSampler(seed=drawn).sample_independent(
-            study, trial, param_name, param_distribution
-        )
+        return drawn_alone(self._seed, study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
         if self._shadow is not None:

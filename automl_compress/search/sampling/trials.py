@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.linalg import cho_factor, cho_solve
@@ -101,6 +104,12 @@ def refused(trial: FrozenTrial) -> bool:
 def seed_of(seed: int, trial: FrozenTrial, *more: int) -> int:
     """A seed for what is drawn for one trial: a resumed study and other workers neither repeat nor change it."""
     return int(np.random.default_rng([seed, trial.number, *more]).integers(2**31))
+
+
+def drawn_alone(seed: int, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+    """A value for one parameter, drawn at random for this trial."""
+    drawn = seed_of(seed, trial, len(trial.params))
+    return RandomSampler(seed=drawn).sample_independent(study, trial, name, distribution)
 
 
 def trial_plan(space: SearchSpace, trial: FrozenTrial) -> Plan | None:

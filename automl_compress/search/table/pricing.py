@@ -192,7 +192,7 @@ def _shapes(graph: Graph, plan: Plan, executions: Executions) -> set[tuple[str, 
 
 def weight_bytes(graph: Graph, plan: Plan, executions: Executions = DEFAULT_EXECUTIONS) -> float:
     """Bytes of all layers' weights in the file under a plan, scales included."""
-    kept = {group.name: plan.kept_count(group.name, group.size) for group in graph.groups}
+    kept = plan.kept_counts(graph)
     total = 0.0
     for name, widths in plan.widths(graph).items():
         layer = graph.layer[name]

@@ -33,7 +33,7 @@ class Rows:
 
 
 def write_rows(beside: Path, number: int, found: Rows) -> None:
-    """Write the file of this number beside a checkpoint: at least one row, all of one shape. Raises TrainingError if
+    """Write the file of this number beside a checkpoint: at least one row, all of one shape. Raises StorageError if
     that fails."""
     columns = list(zip(*found.rows.values(), strict=True))
     last = [_channels_last(column[0]) for column in columns]
